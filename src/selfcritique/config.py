@@ -1,0 +1,533 @@
+"""Every setting of a run, as Hydra's schema and as the dataclasses that stages receive.
+
+`conf/` composes onto these classes; `to_run_config` turns the result into checked objects at the door.
+A stage gets its own part and nothing else, and its artifact key covers exactly that part, so a field
+stands in the part of the one stage it changes. Each class checks itself in `__post_init__` and names
+every fault at once.
+"""
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from selfcritique.errors import UserError
+from selfcritique.records import Split
+
+
+def pending(owner: Any) -> bool:
+    """True while required fields have no value: Hydra builds defaults before it composes."""
+    return any(getattr(owner, f.name) == MISSING for f in fields(owner))
+
+
+def check(owner: object, **faults: bool) -> None:
+    """Raise one UserError that names each field whose fault is true, with its value."""
+    named = [f"{name}={getattr(owner, name)!r}" for name, fault in faults.items() if fault]
+    if named:
+        raise UserError(f"{type(owner).__name__}: out of range: " + ", ".join(named))
+
+
+class Source(StrEnum):
+    word_problems = "word_problems"  # generated (data/word_problems.py)
+    gsm8k = "gsm8k"  # path: folder with train.jsonl and test.jsonl, or empty for the hub
+    jsonl = "jsonl"  # path: file with question, reference, optional answer and subject
+
+
+class Reference(StrEnum):
+    """What the critic is shown beside the response."""
+
+    solution = "solution"
+    answer = "answer"
+    none = "none"
+
+
+class CriticMode(StrEnum):
+    generate = "generate"  # analysis, then the score
+    logit = "logit"  # expected score over the ten score continuations
+
+
+class Annotator(StrEnum):
+    rules = "rules"
+    file = "file"
+    openai = "openai"
+
+
+class OnFail(StrEnum):
+    stop = "stop"
+    warn = "warn"
+
+
+class Pool(StrEnum):
+    fresh = "fresh"  # pairs from questions RFT has not seen
+    same = "same"
+
+
+class Restart(StrEnum):
+    base = "base"
+    last = "last"
+
+
+class Logger(StrEnum):
+    none = "none"
+    csv = "csv"
+    wandb = "wandb"
+
+
+class EngineKind(StrEnum):
+    hf = "hf"
+    scripted = "scripted"
+
+
+@dataclass
+class SourceConfig:
+    """One source of problems in `data.mix`."""
+
+    source: Source = Source.word_problems
+    weight: float = 1.0  # share of every split, relative to the other sources
+    path: str = ""  # file, folder or empty (hub); its content, not its name, enters the key
+    families: list[str] = field(default_factory=list)  # word_problems only; empty: all
+    test_families: list[str] = field(default_factory=list)  # families of dev and test; empty: as `families`
+    registers: list[str] = field(default_factory=lambda: ["plain", "chatty"])
+    steps: list[int] = field(default_factory=lambda: [2, 3, 4, 5])
+    limit: int = 20  # largest number in a problem and its solution
+
+    def __post_init__(self) -> None:
+        check(
+            self,
+            weight=self.weight <= 0,
+            limit=self.limit < 8,
+            path=self.source == Source.jsonl and not self.path,
+        )
+
+
+@dataclass
+class SplitsConfig:
+    """Problems per split; the splits are disjoint by normalised question text."""
+
+    base_train: int = MISSING
+    critic_train: int = MISSING
+    critic_dev: int = MISSING
+    pool_rft: int = MISSING
+    pool_dpo: int = MISSING
+    dev: int = MISSING
+    test: int = MISSING
+
+    def __post_init__(self) -> None:
+        if not pending(self):
+            check(self, **{f.name: getattr(self, f.name) < 1 for f in fields(self)})
+
+
+@dataclass
+class DataConfig:
+    seed: int = 0
+    mix: list[SourceConfig] = field(default_factory=list)
+    splits: SplitsConfig = field(default_factory=SplitsConfig)
+
+
+class Schedule(StrEnum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+@dataclass
+class TrainConfig:
+    """One optimisation: AdamW, a schedule, and the shape of its batches."""
+
+    lr: float = MISSING
+    epochs: float = MISSING
+    batch_size: int = 32  # examples (SFT) or pairs (DPO) per optimiser step
+    schedule: Schedule = Schedule.linear
+    warmup_ratio: float = 0.02
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if pending(self):
+            return
+        check(
+            self,
+            lr=self.lr <= 0,
+            epochs=self.epochs <= 0,
+            batch_size=self.batch_size < 1,
+            warmup_ratio=not 0 <= self.warmup_ratio < 1,
+            grad_clip=self.grad_clip < 0,
+        )
+
+
+class Strategy(StrEnum):
+    single = "single"
+    ddp = "ddp"
+    fsdp = "fsdp"
+
+
+class Precision(StrEnum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+def _how(default: Any) -> Any:
+    """A field that changes how fast a result is reached, not the result: no part of any key."""
+    return field(default=default, metadata={"key": False})
+
+
+@dataclass
+class TrainerConfig:
+    """The machine's side of training: `trainer=cpu|gpu|ddp|fsdp`."""
+
+    accelerator: str = _how("cpu")  # cpu | gpu | auto
+    strategy: Strategy = _how(Strategy.single)
+    devices: int = _how(1)
+    precision: Precision = Precision.fp32
+    micro_tokens: int = _how(4096)  # padded tokens per forward; larger batches are accumulated
+    gradient_checkpointing: bool = _how(False)
+    checkpoint_every_s: float = _how(60.0)
+    num_workers: int = _how(0)
+    max_length: int = 512  # tokens of prompt and response; longer examples are dropped and counted
+
+    def __post_init__(self) -> None:
+        check(
+            self, devices=self.devices < 1, micro_tokens=self.micro_tokens < 1, max_length=self.max_length < 2
+        )
+
+
+class PromptStyle(StrEnum):
+    """How much the prompts explain (`prompts.py`)."""
+
+    terse = "terse"  # bare texts, for a model that learns the task from them alone
+    instruct = "instruct"  # with instructions, for chat models
+
+
+@dataclass
+class TinyConfig:
+    """Shape of the embedded default, a Llama trained from scratch. Heads have dimension 32 (vLLM)."""
+
+    hidden_size: int = 96
+    intermediate_size: int = 256
+    layers: int = 3
+
+    def __post_init__(self) -> None:
+        check(self, hidden_size=self.hidden_size % 32 != 0 or self.hidden_size < 32, layers=self.layers < 1)
+
+
+@dataclass
+class ModelConfig:
+    """Where the base comes from: a checkpoint folder, or (path empty) a tiny model from scratch."""
+
+    path: str = ""
+    tiny: TinyConfig = field(default_factory=TinyConfig)
+    sft: TrainConfig | None = None  # SFT on the reference solutions of base_train; null: as it is
+    prompts: PromptStyle = PromptStyle.instruct
+    trust_remote_code: bool = False
+
+
+@dataclass
+class EngineConfig:
+    kind: EngineKind = EngineKind.hf
+    max_batch_tokens: int = (
+        65536  # bounds the memory of keys and values; batches are seeded, so part of the key
+    )
+    dtype: str = "float32"
+    device: str = _how("cpu")
+
+    def __post_init__(self) -> None:
+        check(self, max_batch_tokens=self.max_batch_tokens < 1)
+
+
+@dataclass
+class SamplingConfig:
+    """How a pool of responses is drawn."""
+
+    n: int = MISSING
+    temperature: float = MISSING
+    max_tokens: int = 64
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclass
+class AnnotatorConfig:
+    kind: Annotator = Annotator.rules
+    path: str = ""  # kind=file: CSV with response_id and score, optional analysis
+
+    def __post_init__(self) -> None:
+        check(self, path=self.kind == Annotator.file and not self.path)
+
+
+@dataclass
+class GateConfig:
+    min: float = 0.7  # balanced accuracy on critic_dev
+    on_fail: OnFail = OnFail.stop
+
+    def __post_init__(self) -> None:
+        check(self, min=not 0 <= self.min <= 1)
+
+
+@dataclass
+class CriticDataConfig:
+    """What the critic is taught from: sampled answers and known corruptions, marked by the annotator."""
+
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    corruptions: float = 0.5  # corrupted reference solutions per question
+    balance: dict[str, float] = field(default_factory=dict)  # share of each band: low, mid, high, top
+    score_only: float = 0.1  # share of examples that teach the logit mode
+    max_examples: int = 0  # 0: all that the balance allows
+
+
+@dataclass
+class AskConfig:
+    """How the critic is asked for a score."""
+
+    mode: CriticMode = CriticMode.generate
+    reference: Reference = Reference.solution
+    samples: int = 1  # critiques per response; the score is the mean of those that parse
+    temperature: float = 0.0
+    max_tokens: int = 96
+    max_parse_failures: float = 0.2  # a run with a larger share stops
+
+    def __post_init__(self) -> None:
+        check(self, samples=self.samples < 1, max_parse_failures=not 0 <= self.max_parse_failures <= 1)
+
+
+@dataclass
+class CriticConfig:
+    model: str = ""  # checkpoint folder; empty: the base
+    data: CriticDataConfig = field(default_factory=CriticDataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    ask: AskConfig = field(default_factory=AskConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
+    dev_sampling: SamplingConfig = field(default_factory=SamplingConfig)  # critic_dev, natural proportions
+
+
+class Dedup(StrEnum):
+    equations = "equations"
+    text = "text"
+    none = "none"
+
+
+class SelectBy(StrEnum):
+    """Whose word counts. All but `critic` are controls of the ablations."""
+
+    critic = "critic"
+    checker = "checker"  # oracle: the verdict
+    random = "random"  # as many responses as the critic would accept, at random
+    shuffled = "shuffled"  # critic scores permuted among the responses of the pool
+
+
+class Selection(StrEnum):
+    default = "default"
+    paper = "paper"  # cluster de-duplication, mixed-outcome questions only, largest margins in pairs
+
+
+@dataclass
+class SelectConfig:
+    threshold: float = 7.0  # accepted at or above
+    dedup: Dedup = Dedup.equations
+    cap_per_question: int = 4  # 0: no cap
+    accept_rate_min: float = 0.0  # window on the share of a question's responses that are accepted
+    accept_rate_max: float = 1.0
+    even_clusters: bool = False
+    fixed_yield: int | None = None  # exactly so many, drawn among those accepted
+    by: SelectBy = SelectBy.critic
+    selection: Selection = Selection.default
+
+    def __post_init__(self) -> None:
+        check(
+            self,
+            threshold=not 1 <= self.threshold <= 10,
+            cap_per_question=self.cap_per_question < 0,
+            accept_rate_min=not 0 <= self.accept_rate_min <= self.accept_rate_max,
+            accept_rate_max=self.accept_rate_max > 1,
+            fixed_yield=self.fixed_yield is not None and self.fixed_yield < 1,
+        )
+
+
+class PairStrategy(StrEnum):
+    best_worst = "best_worst"
+    all = "all"  # every response above with every one below
+    length_matched = "length_matched"
+
+
+@dataclass
+class PairConfig:
+    strategy: PairStrategy = PairStrategy.best_worst
+    threshold: float = 7.0  # chosen at or above
+    margin: float = 2.0  # smallest difference of scores
+    max_per_question: int = 1
+    max_length_ratio: float = 1.25  # length_matched: longer over shorter, in tokens
+    by: SelectBy = SelectBy.critic
+    selection: Selection = Selection.default
+
+    def __post_init__(self) -> None:
+        check(
+            self,
+            threshold=not 1 <= self.threshold <= 10,
+            margin=self.margin <= 0,
+            max_per_question=self.max_per_question < 1,
+            max_length_ratio=self.max_length_ratio < 1,
+        )
+
+
+class LamOn(StrEnum):
+    """Which term of the merged loss lambda weighs."""
+
+    dpo = "dpo"
+    sft = "sft"
+
+
+class SftNorm(StrEnum):
+    """What the chosen cross-entropy is divided by, over the global batch."""
+
+    token = "token"
+    sequence = "sequence"
+    sum = "sum"
+
+
+class PreferenceLoss(StrEnum):
+    sigmoid = "sigmoid"
+    ipo = "ipo"
+    hinge = "hinge"
+
+
+@dataclass
+class DpoLossConfig:
+    """L = lam * L_DPO + L_SFT (lam_on=dpo) or L_DPO + lam * L_SFT (lam_on=sft)."""
+
+    lam: float = MISSING
+    beta: float = MISSING
+    lam_on: LamOn = LamOn.dpo
+    sft_norm: SftNorm = SftNorm.token
+    kind: PreferenceLoss = PreferenceLoss.sigmoid
+    label_smoothing: float = 0.0  # cDPO: probability that a label is flipped
+
+    def __post_init__(self) -> None:
+        if pending(self):
+            return
+        check(
+            self, lam=self.lam < 0, beta=self.beta <= 0, label_smoothing=not 0 <= self.label_smoothing < 0.5
+        )
+
+
+@dataclass
+class RftConfig:
+    """Rejective fine-tuning: sample, keep what the critic accepts, train the base on it."""
+
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)  # on pool_rft
+    select: SelectConfig = field(default_factory=SelectConfig)
+    mix: float = 1.0  # copies of the original SFT data mixed in; 0 where there is none
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass
+class PairsConfig:
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)  # on pool_dpo, from the RFT model
+    pool: Pool = Pool.fresh
+    build: PairConfig = field(default_factory=PairConfig)
+
+
+@dataclass
+class DpoConfig:
+    loss: DpoLossConfig = field(default_factory=DpoLossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass
+class EvalConfig:
+    """Greedy answers on every question of the split; samples and critic scores on the first of them."""
+
+    split: Split = Split.test
+    sampled_questions: int = 1000  # the first of the split, for pass@k, maj@k and best-of-k; 0: none
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    bootstrap: int = 10_000
+
+
+@dataclass
+class RoundsConfig:
+    n: int = 1
+    restart: Restart = Restart.base
+
+    def __post_init__(self) -> None:
+        check(self, n=self.n < 1)
+
+
+class Arm(StrEnum):
+    """Control models that a run trains beside the pipeline's own."""
+
+    sft = "sft"  # continued SFT of the base on its own data, as many tokens as RFT
+
+
+@dataclass
+class RunConfig:
+    """A whole run. `experiment` files set it; see `conf/config.yaml` for the groups."""
+
+    name: str = "run"
+    seed: int = 0
+    seed_from: str = ""  # a stage: only it and what follows vary with `seed`; empty: all do
+    until: str = ""  # a stage: run it and what it needs; empty: everything
+    plan: bool = False  # show the stages with their keys and run nothing
+    threads: int = _how(0)  # 0: cores divided by concurrent points
+    store: str = _how("store")
+    logger: Logger = _how(Logger.csv)
+    arms: list[Arm] = field(default_factory=lambda: [Arm.sft])
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    annotator: AnnotatorConfig = field(default_factory=AnnotatorConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    rft: RftConfig = field(default_factory=RftConfig)
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    dpo: DpoConfig = field(default_factory=DpoConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    rounds: RoundsConfig = field(default_factory=RoundsConfig)
+
+    def __post_init__(self) -> None:
+        if not self.data.mix:
+            raise UserError("data.mix names no source; choose data=word_problems, data=gsm8k or data=jsonl.")
+        if not self.model.path and self.model.sft is None:
+            raise UserError(
+                "model.sft is null, but a model trained from scratch needs it; set model.path or model.sft."
+            )
+
+
+def register() -> None:
+    """Make the schema known to Hydra."""
+    ConfigStore.instance().store(name="base_config", node=RunConfig)
+
+
+def to_run_config(composed: DictConfig) -> RunConfig:
+    """The checked dataclasses of a composed config; raises UserError for values that do not do."""
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise UserError(
+            "These settings have no value: " + ", ".join(missing) + "; set them in an experiment file."
+        )
+    try:
+        run = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        cause = error.__cause__
+        raise cause if isinstance(cause, UserError) else UserError(str(error).splitlines()[0]) from None
+    assert isinstance(run, RunConfig)
+    return run
+
+
+def key_part(config: Any) -> Any:
+    """What of a config enters an artifact's key: all fields but those that only change speed, as JSON data."""
+    if is_dataclass(config):
+        kept = (f for f in fields(config) if f.metadata.get("key", True))
+        return {f.name: key_part(getattr(config, f.name)) for f in kept}
+    if isinstance(config, dict):
+        return {str(name): key_part(value) for name, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [key_part(value) for value in config]
+    if isinstance(config, StrEnum):
+        return config.value
+    if isinstance(config, Path):
+        raise TypeError("A path is no part of a key; use a digest of its content.")
+    return config

@@ -1,0 +1,97 @@
+"""The seven splits: disjoint by normalised question text, mixed from the sources by weight."""
+
+import re
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+
+import polars as pl
+
+from selfcritique.config import DataConfig, SourceConfig, SplitsConfig
+from selfcritique.data.sources import streams
+from selfcritique.errors import UserError
+from selfcritique.records import Problem, Split
+
+MAX_REPEATS = 10_000  # repeated questions in a row after which an endless source has no new ones
+
+
+def normalise(question: str) -> str:
+    """NFKC, lower case, without spaces and punctuation; operators stay, since they carry the meaning."""
+    text = unicodedata.normalize("NFKC", question).lower()
+    return re.sub(r"[^\w+\-*/=<>^%]|_", "", text)
+
+
+def build_splits(config: DataConfig) -> tuple[pl.DataFrame, dict[str, int]]:
+    """Problems with their split, and counts: repeats dropped, test questions removed from training pools,
+    near-duplicates (test questions that equal a training question up to the numbers)."""
+    total_weight = sum(source.weight for source in config.mix)
+    seen: dict[str, str] = {}
+    counts = {"repeats": 0, "removed_from_training": 0}
+    rows: list[dict[str, object]] = []
+    for index, source in enumerate(config.mix):
+        sizes = _sizes(config, source.weight / total_weight)
+        rows += _one_source(source, sizes, config.seed + 7919 * index, seen, counts)
+    table = pl.DataFrame(rows)
+    # Sources alternate within a split, so that the first n problems of a split are a mixture too.
+    table = table.sort("split", pl.col("problem_id").hash(seed=0)) if len(config.mix) > 1 else table
+    counts["near_duplicates"] = _near_duplicates(table)
+    return table, counts
+
+
+def _sizes(config: DataConfig, share: float) -> dict[Split, int]:
+    return {Split(f.name): round(getattr(config.splits, f.name) * share) for f in fields(SplitsConfig)}
+
+
+def _one_source(
+    source: SourceConfig, sizes: dict[Split, int], seed: int, seen: dict[str, str], counts: dict[str, int]
+) -> list[dict[str, object]]:
+    training, test = streams(source, seed)
+    rows: list[dict[str, object]] = []
+    # Test first: a question that stands in both is kept there and removed from training.
+    test_rows = list(_take(test, Split.test, sizes[Split.test], seen, counts, finite_ok=True))
+    rows += test_rows
+    order = (
+        [s for s in Split if s is not Split.test]
+        if test_rows
+        else [Split.test, *(s for s in Split if s is not Split.test)]
+    )
+    for split in order:
+        taken = list(_take(training, split, sizes[split], seen, counts))
+        if len(taken) < sizes[split]:
+            raise UserError(
+                f"data: source {source.source.value} {source.path} has {len(taken)} problems left for split {split.value}, "
+                f"which wants {sizes[split]}. Lower data.splits.{split.value} or add problems."
+            )
+        rows += taken
+    return rows
+
+
+def _take(
+    stream: Iterator[Problem],
+    split: Split,
+    size: int,
+    seen: dict[str, str],
+    counts: dict[str, int],
+    finite_ok: bool = False,
+) -> Iterator[dict[str, object]]:
+    taken = repeats = 0
+    while taken < size and repeats < MAX_REPEATS:
+        problem = next(stream, None)
+        if problem is None:
+            return
+        text = normalise(problem.question)
+        if text in seen:
+            counts[
+                "removed_from_training" if seen[text] == Split.test and split is not Split.test else "repeats"
+            ] += 1
+            repeats += 1
+            continue
+        seen[text] = split.value
+        taken, repeats = taken + 1, 0
+        yield {"problem_id": problem.id, "split": split.value, **asdict(problem)}
+
+
+def _near_duplicates(table: pl.DataFrame) -> int:
+    masked = table.select("split", text=pl.col("question").str.replace_all(r"\d+", "0"))
+    test = masked.filter(pl.col("split") == Split.test)
+    return test.join(masked.filter(pl.col("split") != Split.test), on="text", how="semi").height

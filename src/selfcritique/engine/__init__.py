@@ -1,0 +1,1 @@
+"""Engines: one Protocol (`base`), several ways to run a model."""

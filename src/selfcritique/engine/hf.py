@@ -1,0 +1,354 @@
+"""Sampling and scoring with any Transformers decoder, in this process.
+
+One prompt is prefilled once whatever its number of samples; the loop then runs all rows of a batch in
+step, drops finished rows, and writes keys and values into memory set aside beforehand. Each batch draws
+its random numbers at once from its own seed, so a batch redone gives the same texts.
+"""
+
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass
+from math import exp
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from selfcritique.engine.base import (
+    BatchResult,
+    Completion,
+    ContinuationScores,
+    PlannedBatch,
+    SamplingParams,
+    ScoreBatch,
+    plan_batches,
+)
+from selfcritique.errors import UserError
+from selfcritique.prompts import PromptEncoder
+from selfcritique.records import Prompt
+
+LOGITS_PER_BATCH = 2**26  # floats; 256 MB bound the rows where the vocabulary is large
+COMPACT_BELOW = 0.8  # share of unfinished rows at which finished ones are dropped
+
+
+class HfEngine:
+    """A checkpoint directory (or hub name) with its tokenizer, ready to sample.
+
+    `max_batch_tokens` bounds rows x (prompt + new tokens) and so the memory of keys and values.
+    """
+
+    def __init__(
+        self,
+        model_dir: Path | str,
+        max_batch_tokens: int,
+        dtype: str = "float32",
+        device: str = "cpu",
+        trust_remote_code: bool = False,
+    ) -> None:
+        options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        try:
+            self.encoder = PromptEncoder(AutoTokenizer.from_pretrained(model_dir, **options))
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                model_dir, dtype=dtype, use_safetensors=True, attn_implementation="sdpa", **options
+            )
+        except OSError as error:
+            raise UserError(
+                f"No usable checkpoint (config, tokenizer, safetensors) at {str(model_dir)!r}: {error}"
+            ) from error
+        self.model: Any = model.to(device).eval()
+        self.device = torch.device(device)
+        self.max_batch_tokens = max_batch_tokens
+        self.max_rows = max(1, LOGITS_PER_BATCH // self.model.config.get_text_config().vocab_size)
+        self.eos_ids = torch.tensor(_eos_ids(self.model, self.encoder), device=device)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.model = None
+
+    def n_batches(self, prompts: Sequence[Prompt], params: SamplingParams) -> int:
+        return len(self._plan_generate(self.encoder.prompt_ids_many(prompts), params))
+
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams, done: Container[str] = frozenset()
+    ) -> Iterator[BatchResult]:
+        ids = self.encoder.prompt_ids_many(prompts)
+        for batch in self._plan_generate(ids, params):
+            if batch.batch_id not in done:
+                with torch.inference_mode():
+                    tokens, lengths = self._sample([ids[i] for i in batch.indices], params, batch.seed)
+                yield BatchResult(batch.batch_id, self._completions(batch, params, tokens, lengths))
+
+    def continuation_logprobs(
+        self,
+        prompts: Sequence[Prompt],
+        candidates: Sequence[str],
+        prefix: str = "",
+        done: Container[str] = frozenset(),
+    ) -> Iterator[ScoreBatch]:
+        if len(set(candidates)) < len(candidates):
+            raise ValueError(f"Candidates repeat: {candidates}")
+        given, tails = self.encoder.candidate_ids(prefix, candidates)
+        tree = _Tree.build(tails, self.device)
+        ids = [prompt + given for prompt in self.encoder.prompt_ids_many(prompts)]
+        for batch in self._plan(ids, 1, len(tree.tokens), len(tree.tokens) + 1, f"score {tails}"):
+            if batch.batch_id not in done:
+                with torch.inference_mode():
+                    logps = self._score([ids[i] for i in batch.indices], tree).tolist()
+                    missing = [max(0.0, 1.0 - sum(map(exp, row))) for row in logps]
+                scores = map(ContinuationScores, batch.indices, map(tuple, logps), missing)
+                yield ScoreBatch(batch.batch_id, list(scores))
+
+    def _plan_generate(self, ids: Sequence[Sequence[int]], params: SamplingParams) -> list[PlannedBatch]:
+        return self._plan(ids, params.n, params.max_tokens, 1, f"generate {params}")
+
+    def _plan(
+        self, ids: Sequence[Sequence[int]], rows: int, new_tokens: int, logits_per_row: int, salt: str
+    ) -> list[PlannedBatch]:
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        longest = max(map(len, ids), default=0)
+        if limit is not None and longest + new_tokens > limit:
+            raise UserError(
+                f"The longest of {len(ids)} prompts has {longest} tokens; with {new_tokens} new ones it "
+                f"exceeds the model's context of {limit}. Lower max_tokens or leave such problems out."
+            )
+        return plan_batches(
+            ids, rows, new_tokens, self.max_batch_tokens, max(1, self.max_rows // logits_per_row), salt
+        )
+
+    def _prefill(self, prompts: Sequence[Sequence[int]], repeats: int, new_tokens: int) -> "_Prefilled":
+        """One pass over left-padded prompts; keys and values repeated for each prompt's samples."""
+        width = len(prompts[0])  # planned longest first
+        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=self.device)
+        lengths = torch.tensor([len(p) for p in prompts], device=self.device)
+        slots = torch.arange(width + new_tokens, device=self.device)
+        positions = slots - (width - lengths)[:, None]  # (prompts, width + new), negative at padding
+        mask = positions >= 0 if bool((lengths < width).any()) else None
+        n_layers = self.model.config.get_text_config().num_hidden_layers
+        layers = [_PreallocatedLayer(width + new_tokens, repeats) for _ in range(n_layers)]
+        cache = Cache(layers=list[Any](layers))
+        logits = self.model(
+            input_ids=ids,
+            attention_mask=None if mask is None else mask[:, :width],
+            position_ids=positions[:, :width].clamp_min(0),
+            past_key_values=cache,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        return _Prefilled(
+            logits=logits.repeat_interleave(repeats, 0),
+            cache=cache,
+            layers=layers,
+            mask=None if mask is None else mask.repeat_interleave(repeats, 0),
+            positions=positions.repeat_interleave(repeats, 0),
+            width=width,
+        )
+
+    def _sample(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, seed: int
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens (rows, max_tokens) and lengths (rows,), EOS included, 0 where none came.
+
+        Rows are ordered by prompt, then sample.
+        """
+        n_rows = len(prompts) * params.n
+        generator = torch.Generator(device=self.device).manual_seed(seed)
+        noise = torch.rand(
+            (params.max_tokens, n_rows), dtype=torch.float64, generator=generator, device=self.device
+        )
+        tokens = torch.zeros((n_rows, params.max_tokens), dtype=torch.long, device=self.device)
+        lengths = torch.zeros(n_rows, dtype=torch.long, device=self.device)
+        rows = torch.arange(n_rows, device=self.device)  # of the batch, still in the cache
+        state = self._prefill(prompts, params.n, params.max_tokens)
+        for step in range(params.max_tokens):
+            new = choose_tokens(state.logits, params, noise[step, rows])
+            tokens[rows, step] = new
+            lengths[rows] = torch.where(
+                (lengths[rows] == 0) & torch.isin(new, self.eos_ids), step + 1, lengths[rows]
+            )
+            unfinished = (lengths[rows] == 0).nonzero().squeeze(1)
+            if len(unfinished) == 0 or step + 1 == params.max_tokens:
+                break
+            if len(unfinished) < COMPACT_BELOW * len(rows):
+                rows, new = rows[unfinished], new[unfinished]
+                state.keep(unfinished)
+            self._step(state, new, state.width + step)
+        return tokens, lengths
+
+    def _step(self, state: "_Prefilled", new: Tensor, slot: int) -> None:
+        """Feed one token per row and leave the next logits in `state`."""
+        state.logits = self.model(
+            input_ids=new[:, None],
+            attention_mask=None if state.mask is None else state.mask[:, : slot + 1],
+            position_ids=state.positions[:, slot : slot + 1],
+            past_key_values=state.cache,
+        ).logits[:, -1]
+
+    def _completions(
+        self, batch: PlannedBatch, params: SamplingParams, tokens: Tensor, lengths: Tensor
+    ) -> list[Completion]:
+        counts = lengths.tolist()
+        rows = [row[: n - 1] if n else row for row, n in zip(tokens.tolist(), counts, strict=True)]
+        texts = self.encoder.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return [
+            Completion(batch.indices[row // params.n], row % params.n, text, n or params.max_tokens, not n)
+            for row, (text, n) in enumerate(zip(texts, counts, strict=True))
+        ]
+
+    def _score(self, prompts: Sequence[Sequence[int]], tree: "_Tree") -> Tensor:
+        """(prompts, candidates) summed log-probs: the prompts' prefill, then all candidates in one pass.
+
+        Shared beginnings of candidates ("1", "10") are one token: each token sees the prompt and its own
+        ancestors alone.
+        """
+        state = self._prefill(prompts, 1, len(tree.tokens))
+        logits = state.logits[:, None]
+        if len(tree.tokens):
+            seen = tree.ancestors.expand(len(prompts), 1, -1, -1)
+            prompt_slots = state.positions[:, None, None, : state.width]
+            before = (prompt_slots >= 0).expand(-1, 1, len(tree.tokens), -1)
+            after = self.model(
+                input_ids=tree.tokens.expand(len(prompts), -1),
+                attention_mask=torch.cat([before, seen], dim=-1),
+                position_ids=state.positions[:, state.width, None] + tree.depths,
+                past_key_values=state.cache,
+            ).logits
+            logits = torch.cat([logits, after], dim=1)  # (prompts, 1 + tree, vocabulary)
+        logps = logits.float().log_softmax(-1)
+        edges = logps[:, tree.parents, tree.targets]
+        return edges.new_zeros(len(prompts), tree.n_candidates).index_add_(1, tree.owners, edges)
+
+
+def choose_tokens(logits: Tensor, params: SamplingParams, noise: Tensor) -> Tensor:
+    """(rows,) next tokens: the likeliest, or by inverting the distribution function at `noise` in [0, 1).
+
+    One uniform number a row is several times faster on CPU than `torch.multinomial`, which draws one
+    for each word of the vocabulary.
+    """
+    if params.temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / params.temperature
+    if params.top_k and params.top_k < logits.shape[-1]:
+        worst = logits.topk(params.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < worst, -torch.inf)
+    probs = logits.softmax(-1)
+    if params.top_p < 1:
+        ordered, index = probs.sort(dim=-1, descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= params.top_p
+        probs = probs.masked_fill(beyond.gather(-1, index.argsort(-1)), 0)
+    below = probs.cumsum(-1, dtype=torch.float64)
+    found = torch.searchsorted(below, noise[:, None] * below[:, -1:], right=True)
+    return found.squeeze(1).clamp_max(probs.shape[-1] - 1)
+
+
+@dataclass
+class _Prefilled:
+    """A batch between two tokens."""
+
+    logits: Tensor  # (rows, vocabulary) of the next token
+    cache: Cache
+    layers: "list[_PreallocatedLayer]"  # the cache's
+    mask: Tensor | None  # (rows, slots), False at padding; None where no prompt is padded
+    positions: Tensor  # (rows, slots), counted from each prompt's first token
+    width: int  # slots of the prompts
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all other rows (their logits too: the next step replaces them)."""
+        self.positions = self.positions[rows]
+        self.mask = None if self.mask is None else self.mask[rows]
+        for layer in self.layers:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+
+
+class _PreallocatedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """Keys and values (rows, heads, slots, head size), written in place rather than concatenated.
+
+    The first update holds the prompts, whose rows are repeated for their samples.
+    """
+
+    is_sliding = False  # full length also under sliding attention: the model's mask does the hiding
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, slots: int, repeats: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.slots = slots
+        self.repeats = repeats
+        self.length = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        def space(like: Tensor) -> Tensor:
+            rows, heads, _, size = like.shape
+            return like.new_empty(rows * self.repeats, heads, self.slots, size)
+
+        self.keys, self.values = space(key_states), space(value_states)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        start, self.length = self.length, self.length + key_states.shape[2]
+        if start == 0:
+            self.lazy_initialization(key_states, value_states)
+            self.keys[:, :, : self.length] = key_states.repeat_interleave(self.repeats, 0)
+            self.values[:, :, : self.length] = value_states.repeat_interleave(self.repeats, 0)
+            return key_states, value_states
+        self.keys[:, :, start : self.length] = key_states
+        self.values[:, :, start : self.length] = value_states
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return self.slots
+
+
+@dataclass(frozen=True)
+class _Tree:
+    """Candidates as a tree of tokens; node 0 is the prompt's last token, node i is `tokens[i - 1]`."""
+
+    tokens: Tensor  # (nodes,) inputs; a candidate's last token (EOS) is only a target
+    depths: Tensor  # (nodes,) 0 for a candidate's first token
+    ancestors: Tensor  # (nodes, nodes) bool: may row see column?
+    parents: Tensor  # (edges,) node whose logits predict ...
+    targets: Tensor  # (edges,) ... this token
+    owners: Tensor  # (edges,) ... of this candidate
+    n_candidates: int
+
+    @classmethod
+    def build(cls, tails: Sequence[Sequence[int]], device: torch.device) -> "_Tree":
+        nodes: dict[tuple[int, ...], int] = {(): 0}
+        edges = []
+        for owner, tail in enumerate(tails):
+            for i, token in enumerate(tail):
+                edges.append((nodes.setdefault(tuple(tail[:i]), len(nodes)), token, owner))
+        paths = list(nodes)[1:]
+        parents, targets, owners = torch.tensor(edges, device=device).T
+        return cls(
+            tokens=torch.tensor([p[-1] for p in paths], dtype=torch.long, device=device),
+            depths=torch.tensor([len(p) - 1 for p in paths], dtype=torch.long, device=device),
+            ancestors=torch.tensor([[p[: len(q)] == q for q in paths] for p in paths], device=device),
+            parents=parents,
+            targets=targets,
+            owners=owners,
+            n_candidates=len(tails),
+        )
+
+
+def _eos_ids(model: Any, encoder: PromptEncoder) -> list[int]:
+    """Every token that ends an answer: the tokenizer's EOS and those of the generation config."""
+    configured = model.generation_config.eos_token_id
+    more = configured if isinstance(configured, list) else [] if configured is None else [configured]
+    return sorted({encoder.eos_id, *more})

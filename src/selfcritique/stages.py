@@ -1,0 +1,652 @@
+"""The stages: each takes its own config and its input artifacts, writes its outputs, returns metrics.
+
+`pipeline.py` says how they are joined. A stage imports what is heavy inside itself, keeps what an
+interrupted run can go on with under `out/scratch/`, and depends on nothing but its arguments: its
+artifact key covers them all. Change what a stage computes, and its version goes up (a test insists).
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import polars as pl
+
+from selfcritique.artifacts import Artifact, Journal, write_json
+from selfcritique.config import (
+    AnnotatorConfig,
+    AskConfig,
+    CriticDataConfig,
+    CriticMode,
+    DataConfig,
+    DpoLossConfig,
+    EngineConfig,
+    EngineKind,
+    PairConfig,
+    PromptStyle,
+    Reference,
+    SamplingConfig,
+    SelectConfig,
+    TinyConfig,
+    TrainConfig,
+    TrainerConfig,
+)
+from selfcritique.errors import UserError
+from selfcritique.progress import Progress
+from selfcritique.prompts import SCORE_PREFIX, critique_prompt, solve_prompt
+from selfcritique.records import Message, Parse, Problem, Prompt, Response, Split, content_id
+
+Inputs = Mapping[str, Artifact]
+Metrics = dict[str, Any]
+
+PROBLEM_FIELDS = ("question", "reference", "answer", "source", "subject", "family", "register", "difficulty")
+GROUPS = ("source", "family", "register", "difficulty")  # columns that results are broken down by
+
+
+# ---- problems ------------------------------------------------------------------------------------------
+
+
+def problems(config: DataConfig, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
+    """problems.parquet: every split's problems."""
+    from selfcritique.data.splits import build_splits
+
+    table, counts = build_splits(config)
+    table.write_parquet(out / "problems.parquet")
+    if counts["removed_from_training"]:
+        progress.close(
+            f"{counts['removed_from_training']} test questions were found in training data and removed there"
+        )
+    sizes = dict(table.group_by("split").len().sort("split").iter_rows())
+    return {"splits": sizes, **counts}
+
+
+def load_problems(artifact: Artifact, split: Split | None = None, limit: int | None = None) -> list[Problem]:
+    """The problems of one split (or all) in their order."""
+    table = pl.scan_parquet(artifact.path / "problems.parquet")
+    if split is not None:
+        table = table.filter(pl.col("split") == split.value)
+    rows = table.select(PROBLEM_FIELDS).head(limit if limit is not None else 2**62).collect()
+    return [Problem(**row) for row in rows.iter_rows(named=True)]
+
+
+# ---- training data -------------------------------------------------------------------------------------
+
+
+def _write_examples(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
+    """examples.parquet: `prompt` is the user's message; other columns say where an example comes from."""
+    pl.DataFrame(rows, infer_schema_length=None).write_parquet(out / "examples.parquet")
+
+
+@dataclass
+class ReferenceSolutions:
+    style: PromptStyle
+    split: Split = Split.base_train
+
+
+def reference_solutions(config: ReferenceSolutions, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
+    """The original SFT data: questions with their reference solutions."""
+    rows = [
+        _solution(config.style, problem, problem.reference)
+        for problem in load_problems(inputs["problems"], config.split)
+        if problem.reference
+    ]
+    if not rows:
+        raise UserError(
+            f"Split {config.split.value} has no reference solutions; set model.sft=null or add some."
+        )
+    _write_examples(rows, out)
+    return {"examples": len(rows)}
+
+
+def _solution(style: PromptStyle, problem: Problem, text: str, response_id: str = "") -> dict[str, Any]:
+    prompt = solve_prompt(style, problem.question).messages[-1].content
+    return {"problem_id": problem.id, "response_id": response_id, "prompt": prompt, "response": text}
+
+
+@dataclass
+class CriticData:
+    data: CriticDataConfig
+    annotator: AnnotatorConfig
+    reference: Reference
+    style: PromptStyle
+    seed: int
+
+
+def critic_data(config: CriticData, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
+    """What the critic learns from: sampled answers and corruptions, marked and balanced by band."""
+    from selfcritique.annotate import annotator, balance, corruptions
+
+    rng = Random(config.seed)
+    by_id = {p.id: p for p in load_problems(inputs["problems"], Split.critic_train)}
+    table = pl.read_parquet(inputs["responses"].path / "responses.parquet").filter(~pl.col("truncated"))
+    candidates = [
+        (by_id[pid], rid, text)
+        for pid, rid, text in table.select("problem_id", "response_id", "text").iter_rows()
+    ]
+    candidates += corruptions(list(by_id.values()), config.data.corruptions, rng)
+    mark = annotator(config.annotator)
+    marked = []
+    for done, (problem, response_id, text) in enumerate(candidates, 1):
+        annotation = mark(problem, response_id, text)
+        if annotation is not None:
+            marked.append((problem, response_id, text, annotation))
+        progress(done, len(candidates))
+    chosen = balance(marked, config.data.balance, config.data.max_examples, rng)
+    rows = []
+    for problem, response_id, text, annotation in chosen:
+        only = rng.random() < config.data.score_only
+        prompt = critique_prompt(config.style, problem, text, config.reference, score_only=only)
+        rows.append(
+            {
+                "problem_id": problem.id,
+                "response_id": response_id,
+                "prompt": prompt.messages[-1].content,
+                "response": f"{SCORE_PREFIX}{annotation.score}" if only else annotation.analysis,
+                "score": annotation.score,
+                "corrupted": response_id == "",
+            }
+        )
+    _write_examples(rows, out)
+    scores = pl.DataFrame(rows).group_by("score").len().sort("score")
+    return {
+        "marked": len(marked),
+        "examples": len(rows),
+        "by_score": {str(s): n for s, n in scores.iter_rows()},
+    }
+
+
+@dataclass
+class RftData:
+    mix: float
+    style: PromptStyle
+    seed: int
+
+
+def rft_data(config: RftData, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
+    """Accepted responses of every round so far, with copies of the original SFT data mixed in."""
+    by_id = {p.id: p for p in load_problems(inputs["problems"])}
+    rows = []
+    for role in sorted(r for r in inputs if r.startswith("selected")):
+        chosen = (
+            pl.scan_parquet(inputs[role].path / "selected.parquet").filter("selected").select("response_id")
+        )
+        texts = pl.scan_parquet(inputs[role.replace("selected", "responses")].path / "responses.parquet")
+        accepted = texts.join(chosen, on="response_id", how="semi").select(
+            "problem_id", "response_id", "text"
+        )
+        rows += [_solution(config.style, by_id[p], text, r) for p, r, text in accepted.collect().iter_rows()]
+    n_accepted = len(rows)
+    if not n_accepted:
+        raise UserError(
+            "RFT has nothing to train on: no response was selected. See the reasons in this run's `selection`; "
+            "lower rft.select.threshold or raise rft.sampling.n."
+        )
+    if "original" in inputs and config.mix > 0:
+        original = pl.read_parquet(inputs["original"].path / "examples.parquet").to_dicts()
+        whole, part = divmod(config.mix, 1)
+        rows += original * int(whole) + Random(config.seed).sample(original, round(part * len(original)))
+    _write_examples(rows, out)
+    return {"examples": len(rows), "accepted": n_accepted, "original": len(rows) - n_accepted}
+
+
+@dataclass
+class MatchedData:
+    seed: int
+
+
+def matched_data(config: MatchedData, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
+    """The original SFT data, repeated in shuffled passes to as many tokens as the `like` examples have."""
+    original = pl.read_parquet(inputs["original"].path / "examples.parquet").to_dicts()
+    lengths = _token_counts(inputs["model"].path, original)
+    wanted = sum(
+        _token_counts(
+            inputs["model"].path, pl.read_parquet(inputs["like"].path / "examples.parquet").to_dicts()
+        )
+    )
+    rng, rows, total = Random(config.seed), [], 0
+    while total < wanted:
+        for i in rng.sample(range(len(original)), len(original)):
+            if total >= wanted:
+                break
+            rows.append(original[i])
+            total += lengths[i]
+    _write_examples(rows, out)
+    return {"examples": len(rows), "tokens": total, "wanted_tokens": wanted}
+
+
+def _token_counts(model: Path, rows: Sequence[Mapping[str, str]]) -> list[int]:
+    encoder = _encoder(model)
+    prompts = encoder.prompt_ids_many([_prompt(row["prompt"]) for row in rows])
+    responses = encoder.response_ids_many([row["response"] for row in rows])
+    return [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
+
+
+def _encoder(model: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    from selfcritique.prompts import PromptEncoder
+
+    return PromptEncoder(AutoTokenizer.from_pretrained(model))
+
+
+def _prompt(content: str) -> Prompt:
+    return Prompt((Message("user", content),))
+
+
+# ---- training ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TinyBase:
+    tiny: TinyConfig
+    numbers: int  # largest number that is one token
+    train: TrainConfig
+    trainer: TrainerConfig
+    seed: int
+
+
+def tiny_base(config: TinyBase, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
+    """The embedded default: tokenizer and model made here, trained on the reference solutions."""
+    from selfcritique.annotate import VOCABULARY
+    from selfcritique.train.tiny import build_tokenizer, save_tiny
+
+    rows = pl.read_parquet(inputs["examples"].path / "examples.parquet")
+    init = out / "scratch" / "init"
+    if not (init / "config.json").exists():
+        tokenizer = build_tokenizer([*rows["prompt"], *rows["response"]], VOCABULARY, config.numbers)
+        save_tiny(config.tiny, tokenizer, config.seed, init)
+    return _fit_sft(config.train, config.trainer, init, rows, out, config.seed, progress)
+
+
+@dataclass
+class Checkpoint:
+    digest: str  # of the folder's files: the key must not name a path
+    path: Path = field(default=Path(), metadata={"key": False})
+
+
+def checkpoint(config: Checkpoint, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
+    """A user's own checkpoint as an artifact: links, not copies."""
+    for file in sorted(config.path.iterdir()):
+        if file.is_file():
+            (out / file.name).symlink_to(file.resolve())
+    return {}
+
+
+@dataclass
+class Sft:
+    train: TrainConfig
+    trainer: TrainerConfig
+    seed: int
+
+
+def sft(config: Sft, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
+    """Fine-tune `model` on `examples`."""
+    rows = pl.read_parquet(inputs["examples"].path / "examples.parquet")
+    return _fit_sft(config.train, config.trainer, inputs["model"].path, rows, out, config.seed, progress)
+
+
+def _fit_sft(
+    train: TrainConfig,
+    trainer: TrainerConfig,
+    model: Path,
+    rows: pl.DataFrame,
+    out: Path,
+    seed: int,
+    progress: Progress,
+) -> Metrics:
+    from selfcritique.train.batch import TokenExample
+    from selfcritique.train.fit import fit_sft
+
+    encoder = _encoder(model)
+    prompts = encoder.prompt_ids_many([_prompt(text) for text in rows["prompt"]])
+    responses = encoder.response_ids_many(rows["response"].to_list())
+    examples = [TokenExample(p, r) for p, r in zip(prompts, responses, strict=True)]
+    return fit_sft(train, trainer, model, examples, out, seed, progress)
+
+
+def _token_pairs(style: PromptStyle, inputs: Inputs) -> list[Any]:
+    from selfcritique.train.batch import TokenPair
+
+    encoder = _encoder(inputs["model"].path)
+    by_id = {p.id: p for p in load_problems(inputs["problems"])}
+    texts = pl.read_parquet(inputs["responses"].path / "responses.parquet").select("response_id", "text")
+    text_of = dict(texts.iter_rows())
+    pairs = pl.read_parquet(inputs["pairs"].path / "pairs.parquet")
+    prompts = encoder.prompt_ids_many([solve_prompt(style, by_id[p].question) for p in pairs["problem_id"]])
+    sides = (encoder.response_ids_many([text_of[r] for r in pairs[c]]) for c in ("chosen_id", "rejected_id"))
+    return [TokenPair(*ids) for ids in zip(prompts, *sides, strict=True)]
+
+
+@dataclass
+class ReferenceLogps:
+    trainer: TrainerConfig
+    style: PromptStyle
+
+
+def reference_logps(config: ReferenceLogps, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
+    """Log-probabilities of every pair under the frozen reference; no part of them depends on λ, β or lr."""
+    from selfcritique.train import fit
+
+    pairs = _token_pairs(config.style, inputs)
+    logps = fit.reference_logps(config.trainer, inputs["model"].path, pairs, progress)
+    logps.save(out / "reference.safetensors")
+    return {"pairs": len(pairs)}
+
+
+@dataclass
+class Dpo:
+    loss: DpoLossConfig
+    train: TrainConfig
+    trainer: TrainerConfig
+    style: PromptStyle
+    seed: int
+
+
+def dpo(config: Dpo, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
+    """Train `model`, which is also the reference, on its pairs with the merged loss."""
+    from selfcritique.train import fit
+
+    pairs = _token_pairs(config.style, inputs)
+    reference = fit.ReferenceLogps.load(inputs["reference"].path / "reference.safetensors")
+    model = inputs["model"].path
+    return fit.fit_dpo(
+        config.train, config.loss, config.trainer, model, pairs, reference, out, config.seed, progress
+    )
+
+
+# ---- sampling and scoring ------------------------------------------------------------------------------
+
+
+@contextmanager
+def _engine(config: EngineConfig, model: Path) -> Iterator[Any]:
+    if config.kind is EngineKind.hf:
+        from selfcritique.engine.hf import HfEngine
+
+        with HfEngine(model, config.max_batch_tokens, config.dtype, config.device) as engine:
+            yield engine
+
+
+def _journaled(
+    batches: Callable[[Mapping[str, Any]], Iterator[tuple[str, list[Any]]]],
+    total: int,
+    out: Path,
+    progress: Progress,
+) -> list[Any]:
+    """All rows of `batches(done)`, each batch journaled as it finishes; a rerun asks for the rest only."""
+    journal = Journal(out / "scratch" / "journal.jsonl")
+    done: dict[str, list[Any]] = journal.load()
+    progress(len(done), total)
+    for batch_id, rows in batches(done):
+        journal.append(batch_id, rows)
+        done[batch_id] = rows
+        progress(len(done), total)
+    return [row for rows in done.values() for row in rows]
+
+
+def _complete(
+    engine: Any, prompts: Sequence[Prompt], params: Any, out: Path, progress: Progress
+) -> list[tuple[int, int, str, int, bool]]:
+    """(prompt index, sample, text, tokens, truncated) of every completion, in that order."""
+
+    def batches(done: Mapping[str, Any]) -> Iterator[tuple[str, list[Any]]]:
+        for batch in engine.generate(prompts, params, done):
+            yield (
+                batch.batch_id,
+                [[c.prompt_index, c.sample, c.text, c.n_tokens, c.truncated] for c in batch.completions],
+            )
+
+    return sorted(map(tuple, _journaled(batches, engine.n_batches(prompts, params), out, progress)))
+
+
+@dataclass
+class Sample:
+    split: Split
+    limit: int | None
+    sampling: SamplingConfig
+    engine: EngineConfig
+    style: PromptStyle
+    seed: int
+
+
+def sample(config: Sample, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
+    """responses.parquet: answers of `model` to a split, each with its final answer and the checker's verdict.
+
+    The verdict is for reports; selection never reads it, the oracle ablation apart.
+    """
+    from selfcritique.engine.base import SamplingParams
+
+    asked = load_problems(inputs["problems"], config.split, config.limit)
+    s = config.sampling
+    params = SamplingParams(s.n, s.temperature, s.max_tokens, config.seed, s.top_p, s.top_k)
+    with _engine(config.engine, inputs["model"].path) as engine:
+        rows = _complete(
+            engine, [solve_prompt(config.style, p.question) for p in asked], params, out, progress
+        )
+    responses = [Response(asked[i].id, k, text, n, cut) for i, k, text, n, cut in rows]
+    table = _graded([asked[row[0]] for row in rows], responses)
+    table.write_parquet(out / "responses.parquet")
+    verdicts = dict(table.group_by("verdict").len().sort("verdict").iter_rows())
+    return {
+        "questions": len(asked),
+        "responses": table.height,
+        "correct": verdicts.get("correct", 0) / max(table.height, 1),
+        "verdicts": verdicts,
+        "truncated": int(table["truncated"].sum()),
+        "tokens": int(table["n_tokens"].sum()),
+    }
+
+
+def _graded(asked: Sequence[Problem], responses: Sequence[Response]) -> pl.DataFrame:
+    from selfcritique.annotate import equations
+    from selfcritique.answers import canonical, compare_many, extract
+
+    answers = [extract(r.text) for r in responses]
+    lists = [equations(r.text) for r in responses]
+    return pl.DataFrame(
+        {
+            "problem_id": [r.problem_id for r in responses],
+            "response_id": [r.id for r in responses],
+            "sample": [r.sample for r in responses],
+            "text": [r.text for r in responses],
+            "n_tokens": [r.n_tokens for r in responses],
+            "truncated": [r.truncated for r in responses],
+            "answer": answers,
+            "canonical": [None if a is None else canonical(a) for a in answers],
+            "verdict": [v.value for v in compare_many([p.answer for p in asked], answers)],
+            "text_hash": [content_id(r.text) for r in responses],
+            "equations_hash": [content_id(*e) if e else None for e in lists],
+        },
+        schema_overrides={"answer": pl.String, "canonical": pl.String, "equations_hash": pl.String},
+    )
+
+
+@dataclass
+class Score:
+    ask: AskConfig
+    engine: EngineConfig
+    style: PromptStyle
+    seed: int
+
+
+def score(config: Score, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
+    """critiques.parquet (texts) and scored.parquet (one row per response, no texts), by `critic`."""
+    from selfcritique.critique import mean_scores
+
+    by_id = {p.id: p for p in load_problems(inputs["problems"])}
+    responses = pl.read_parquet(inputs["responses"].path / "responses.parquet")
+    ask = config.ask
+    prompts = [
+        critique_prompt(config.style, by_id[p], text, ask.reference, score_only=ask.mode is CriticMode.logit)
+        for p, text in responses.select("problem_id", "text").iter_rows()
+    ]
+    with _engine(config.engine, inputs["critic"].path) as engine:
+        read = _by_logits if ask.mode is CriticMode.logit else _by_text
+        rows = read(config, engine, prompts, out, progress)
+    ids = responses["response_id"].to_list()
+    schema = {
+        "response_id": pl.String,
+        "sample": pl.Int64,
+        "text": pl.String,
+        "score": pl.Float64,
+        "parse": pl.String,
+    }
+    critiques = pl.DataFrame([(ids[i], *rest) for i, *rest in rows], schema=schema, orient="row")
+    critiques.write_parquet(out / "critiques.parquet")
+    scored = responses.drop("text").join(
+        mean_scores(critiques), on="response_id", how="left", maintain_order="left"
+    )
+    scored.write_parquet(out / "scored.parquet")
+    failures = critiques["score"].null_count() / max(critiques.height, 1)
+    if failures > ask.max_parse_failures:
+        raise UserError(
+            f"{failures:.0%} of the critiques have no readable score (critic.ask.max_parse_failures allows "
+            f"{ask.max_parse_failures:.0%}); raise critic.ask.max_tokens, train the critic longer, or look at "
+            f"{out / 'critiques.parquet'}."
+        )
+    mean = critiques["score"].mean()
+    return {"critiques": critiques.height, "parse_failure_rate": failures, "mean_score": mean}
+
+
+def _by_text(
+    config: Score, engine: Any, prompts: Sequence[Prompt], out: Path, progress: Progress
+) -> list[tuple[int, int, str, float | None, str]]:
+    from selfcritique.critique import parse_score
+    from selfcritique.engine.base import SamplingParams
+
+    params = SamplingParams(config.ask.samples, config.ask.temperature, config.ask.max_tokens, config.seed)
+    rows = _complete(engine, prompts, params, out, progress)
+    read = ((i, k, text, parse_score(text, cut)) for i, k, text, _, cut in rows)
+    return [(i, k, text, value, parse.value) for i, k, text, (value, parse) in read]
+
+
+def _by_logits(
+    config: Score, engine: Any, prompts: Sequence[Prompt], out: Path, progress: Progress
+) -> list[tuple[int, int, str, float | None, str]]:
+    from selfcritique.critique import SCORES, expected_score
+
+    def batches(done: Mapping[str, Any]) -> Iterator[tuple[str, list[Any]]]:
+        for batch in engine.continuation_logprobs(prompts, SCORES, SCORE_PREFIX, done):
+            yield batch.batch_id, [[s.prompt_index, list(s.logps), s.missing_mass] for s in batch.scores]
+
+    rows = sorted(_journaled(batches, len(prompts), out, progress))
+    return [
+        (i, 0, json.dumps({"missing_mass": m}), expected_score(logps), Parse.ok.value) for i, logps, m in rows
+    ]
+
+
+@dataclass
+class Card:
+    annotator: AnnotatorConfig
+
+
+def card(config: Card, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
+    """The critic card on critic_dev: card.json and its rows, rows.parquet."""
+    from selfcritique.annotate import annotate
+    from selfcritique.critique import named_first_error
+    from selfcritique.evaluate import critic_card
+
+    by_id = {p.id: p for p in load_problems(inputs["problems"])}
+    texts = pl.read_parquet(inputs["responses"].path / "responses.parquet").select("response_id", "text")
+    critiques = pl.read_parquet(inputs["scored"].path / "critiques.parquet").filter(pl.col("sample") == 0)
+    rows = pl.read_parquet(inputs["scored"].path / "scored.parquet").join(
+        texts, on="response_id", maintain_order="left"
+    )
+    rows = rows.join(
+        critiques.select("response_id", critique="text"), on="response_id", maintain_order="left"
+    )
+    marks = [annotate(by_id[p], text) for p, text in rows.select("problem_id", "text").iter_rows()]
+    groups = {g: [getattr(by_id[p], g) for p in rows["problem_id"]] for g in GROUPS}
+    table = rows.drop("text", "critique").with_columns(
+        annotator_score=pl.Series([float(m.score) for m in marks]),
+        first_error=pl.Series([m.first_error or 0 for m in marks]),
+        predicted_first_error=pl.Series([named_first_error(c) for c in rows["critique"]], dtype=pl.Int64),
+        **{g: pl.Series(values) for g, values in groups.items()},
+    )
+    table.write_parquet(out / "rows.parquet")
+    result = critic_card(table)
+    write_json(out / "card.json", result)
+    return result
+
+
+# ---- selection -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Select:
+    select: SelectConfig
+    seed: int
+
+
+def _pool(inputs: Inputs) -> pl.LazyFrame:
+    scored = pl.scan_parquet(inputs["scored"].path / "scored.parquet")
+    families = pl.scan_parquet(inputs["problems"].path / "problems.parquet").select(
+        "problem_id", cluster="family"
+    )
+    return scored.join(families.unique("problem_id"), on="problem_id", how="left", maintain_order="left")
+
+
+def select(config: Select, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
+    """selected.parquet: every response with whether it was selected and why (not)."""
+    from selfcritique.select import select_responses, selection_report
+
+    chosen = select_responses(_pool(inputs), config.select, config.seed).collect()
+    chosen.write_parquet(out / "selected.parquet")
+    return selection_report(chosen.lazy())
+
+
+@dataclass
+class Pairs:
+    build: PairConfig
+    seed: int
+
+
+def pairs(config: Pairs, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
+    """pairs.parquet, and reasons.parquet: per response its side, or why it has none."""
+    from selfcritique.select import build_pairs, pair_reasons, pairs_report
+
+    pool = _pool(inputs)
+    built = build_pairs(pool, config.build, config.seed).collect()
+    built.write_parquet(out / "pairs.parquet")
+    pair_reasons(pool, built.lazy(), config.build).collect().write_parquet(out / "reasons.parquet")
+    report = pairs_report(pool, built.lazy())
+    if not built.height:
+        raise UserError(
+            f"No pair could be built from {report}: lower pairs.build.margin or pairs.build.threshold, or raise "
+            "pairs.sampling.n."
+        )
+    return report
+
+
+# ---- evaluation ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Evaluate:
+    threshold: float  # the critic score from which an answer counts as accepted
+
+
+def evaluate(config: Evaluate, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
+    """eval.parquet: one row per answer to a test problem; metrics over it with intervals."""
+    from selfcritique.evaluate import accuracy, by_group, critic_score_summary, measure
+
+    groups = pl.read_parquet(inputs["problems"].path / "problems.parquet").select("problem_id", *GROUPS)
+    greedy = pl.read_parquet(inputs["greedy"].path / "responses.parquet").drop("text")
+    parts = [greedy.with_columns(kind=pl.lit("greedy"), score=pl.lit(None, pl.Float64))]
+    if "sampled" in inputs:
+        sampled = pl.read_parquet(inputs["sampled"].path / "scored.parquet").select(
+            greedy.columns + ["score"]
+        )
+        parts.append(sampled.with_columns(kind=pl.lit("sample")).select(parts[0].columns))
+    rows = pl.concat(parts).join(groups, on="problem_id", how="left", maintain_order="left")
+    rows.write_parquet(out / "eval.parquet")
+    metrics: Metrics = {"accuracy": accuracy(rows), "by": {g: by_group(rows, g) for g in GROUPS}}
+    if "sampled" in inputs:
+        n = int(sampled["sample"].max() or 0) + 1  # type: ignore[call-overload]
+        metrics |= {
+            f"{name}@{k}": measure(rows, f"{name}@{k}") for name in ("pass", "maj", "best") for k in (n,)
+        }
+        metrics["critic_score"] = critic_score_summary(rows, config.threshold)
+    return metrics
