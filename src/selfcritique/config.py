@@ -9,7 +9,7 @@ every fault at once.
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -161,12 +161,6 @@ class TrainConfig:
         )
 
 
-class Strategy(StrEnum):
-    single = "single"
-    ddp = "ddp"
-    fsdp = "fsdp"
-
-
 class Precision(StrEnum):
     fp32 = "fp32"
     bf16 = "bf16"
@@ -182,18 +176,15 @@ class TrainerConfig:
     """The machine's side of training: `trainer=cpu|gpu|ddp|fsdp`."""
 
     accelerator: str = _how("cpu")  # cpu | gpu | auto
-    strategy: Strategy = _how(Strategy.single)
-    devices: int = _how(1)
     precision: Precision = Precision.fp32
     micro_tokens: int = _how(4096)  # padded tokens per forward; larger batches are accumulated
     gradient_checkpointing: bool = _how(False)
     checkpoint_every_s: float = _how(60.0)
-    num_workers: int = _how(0)
     max_length: int = 512  # tokens of prompt and response; longer examples are dropped and counted
 
     def __post_init__(self) -> None:
         check(
-            self, devices=self.devices < 1, micro_tokens=self.micro_tokens < 1, max_length=self.max_length < 2
+            self, micro_tokens=self.micro_tokens < 1, max_length=self.max_length < 2
         )
 
 
@@ -518,7 +509,7 @@ def to_run_config(composed: DictConfig) -> RunConfig:
 
 
 def key_part(config: Any) -> Any:
-    """What of a config enters an artifact's key: all fields but those that only change speed, as JSON data."""
+    """What of a config enters an artifact's key, as JSON data: all but what only changes speed."""
     if is_dataclass(config):
         kept = (f for f in fields(config) if f.metadata.get("key", True))
         return {f.name: key_part(getattr(config, f.name)) for f in kept}
@@ -531,3 +522,15 @@ def key_part(config: Any) -> Any:
     if isinstance(config, Path):
         raise TypeError("A path is no part of a key; use a digest of its content.")
     return config
+
+
+def field_names(owner: type, path: list[str]) -> list[str]:
+    """The settings that stand at a dotted path of the schema; none where it leads out of it."""
+    hints = get_type_hints(owner)
+    for name in path:
+        kinds = get_args(hints.get(name)) or (hints.get(name),)
+        inner = next((kind for kind in kinds if is_dataclass(kind)), None)
+        if inner is None:
+            return []
+        hints = get_type_hints(inner)
+    return list(hints)

@@ -35,7 +35,8 @@ class Progress:
         rate = (done - self.first_done) / max(now - self.start, 1e-9)
         left = duration((total - done) / rate) if rate > 0 else "?"
         shown = "".join(f", {name} {value:.4g}" for name, value in (figures or {}).items())
-        line = f"{self.label}: {done:,}/{total:,} ({100 * done // max(total, 1)} %), {rate:,.1f}/s, {left} left{shown}"
+        share = f"{done:,}/{total:,} ({100 * done // max(total, 1)} %)"
+        line = f"{self.label}: {share}, {rate:,.1f}/s, {left} left{shown}"
         print(
             f"\r\x1b[K{line}" if self.terminal else line,
             end="" if self.terminal else "\n",

@@ -14,8 +14,8 @@ from random import Random
 from typing import Any
 
 import polars as pl
-
 from selfcritique.artifacts import Artifact, Journal, write_json
+
 from selfcritique.config import (
     AnnotatorConfig,
     AskConfig,
@@ -68,7 +68,7 @@ def load_problems(artifact: Artifact, split: Split | None = None, limit: int | N
     table = pl.scan_parquet(artifact.path / "problems.parquet")
     if split is not None:
         table = table.filter(pl.col("split") == split.value)
-    rows = table.select(PROBLEM_FIELDS).head(limit if limit is not None else 2**62).collect()
+    rows = table.select(PROBLEM_FIELDS).slice(0, limit).collect()
     return [Problem(**row) for row in rows.iter_rows(named=True)]
 
 
@@ -181,7 +181,7 @@ def rft_data(config: RftData, inputs: Inputs, out: Path, progress: Progress) -> 
     n_accepted = len(rows)
     if not n_accepted:
         raise UserError(
-            "RFT has nothing to train on: no response was selected. See the reasons in this run's `selection`; "
+            "RFT has nothing to train on: no response was selected. See the reasons in `selection`; "
             "lower rft.select.threshold or raise rft.sampling.n."
         )
     if "original" in inputs and config.mix > 0:
@@ -503,8 +503,8 @@ def score(config: Score, inputs: Inputs, out: Path, progress: Progress) -> Metri
     if failures > ask.max_parse_failures:
         raise UserError(
             f"{failures:.0%} of the critiques have no readable score (critic.ask.max_parse_failures allows "
-            f"{ask.max_parse_failures:.0%}); raise critic.ask.max_tokens, train the critic longer, or look at "
-            f"{out / 'critiques.parquet'}."
+            f"{ask.max_parse_failures:.0%}); raise critic.ask.max_tokens, train the critic longer, or look "
+            f"at {out / 'critiques.parquet'}."
         )
     mean = critiques["score"].mean()
     return {"critiques": critiques.height, "parse_failure_rate": failures, "mean_score": mean}
@@ -614,8 +614,8 @@ def pairs(config: Pairs, inputs: Inputs, out: Path, progress: Progress) -> Metri
     report = pairs_report(pool, built.lazy())
     if not built.height:
         raise UserError(
-            f"No pair could be built from {report}: lower pairs.build.margin or pairs.build.threshold, or raise "
-            "pairs.sampling.n."
+            f"No pair could be built from {report}: lower pairs.build.margin or pairs.build.threshold, "
+            "or raise pairs.sampling.n."
         )
     return report
 
@@ -637,7 +637,7 @@ def evaluate(config: Evaluate, inputs: Inputs, out: Path, progress: Progress) ->
     parts = [greedy.with_columns(kind=pl.lit("greedy"), score=pl.lit(None, pl.Float64))]
     if "sampled" in inputs:
         sampled = pl.read_parquet(inputs["sampled"].path / "scored.parquet").select(
-            greedy.columns + ["score"]
+            [*greedy.columns, "score"]
         )
         parts.append(sampled.with_columns(kind=pl.lit("sample")).select(parts[0].columns))
     rows = pl.concat(parts).join(groups, on="problem_id", how="left", maintain_order="left")

@@ -102,7 +102,8 @@ def _problem(row: object, source: Source, where: str) -> Problem:
     answer = str(answer).strip() if answer is not None else extract(reference, last_number=True) or ""
     if not answer:
         raise UserError(
-            f"{where}: no final answer; add a non-empty `answer`, or end `reference` with '#### answer' or \\boxed{{}}."
+            f"{where}: no final answer; add a non-empty `answer`, or end `reference` with '#### answer' "
+            "or \\boxed{}."
         )
     return Problem(
         question=question.strip(),

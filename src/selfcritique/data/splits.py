@@ -59,8 +59,8 @@ def _one_source(
         taken = list(_take(training, split, sizes[split], seen, counts))
         if len(taken) < sizes[split]:
             raise UserError(
-                f"data: source {source.source.value} {source.path} has {len(taken)} problems left for split {split.value}, "
-                f"which wants {sizes[split]}. Lower data.splits.{split.value} or add problems."
+                f"data: source {source.source.value} {source.path} has {len(taken)} problems left for split "
+                f"{split.value}, which wants {sizes[split]}. Lower data.splits.{split.value} or add problems."
             )
         rows += taken
     return rows

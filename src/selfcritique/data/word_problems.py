@@ -52,6 +52,7 @@ class _Story:
         self.sentences.append(self.rng.choice(variants))
 
     def number(self, low: int, high: int) -> int:
+        high = min(high, self.limit)
         if high < low:
             raise _Retry
         return self.rng.randint(low, high)

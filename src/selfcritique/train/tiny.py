@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from selfcritique.config import TinyConfig
@@ -18,7 +18,9 @@ CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content
 _PIECE = re.compile(r"\s?[A-Za-z]+|\s?\d+|\s?[^\sA-Za-z\d]+|\n")
 
 
-def build_tokenizer(texts: Iterable[str], words: Iterable[str], largest_number: int) -> PreTrainedTokenizerFast:
+def build_tokenizer(
+    texts: Iterable[str], words: Iterable[str], largest_number: int
+) -> PreTrainedTokenizerFast:
     """A word-level vocabulary that spells anything else in bytes, so that every text survives.
 
     One token each: every word of `texts` and `words` and each number up to `largest_number`, with and
@@ -27,7 +29,7 @@ def build_tokenizer(texts: Iterable[str], words: Iterable[str], largest_number: 
     pieces = {piece for text in (*texts, *words) for piece in _PIECE.findall(text)}
     pieces |= {str(n) for n in range(largest_number + 1)} | {f" {n}" for n in range(largest_number + 1)}
     pieces |= {chr(c) for c in range(32, 127)} | {"\n"}
-    whole = sorted(pieces - {" "}) + [" "]
+    whole = [*sorted(pieces - {" "}), " "]
     vocabulary = [(token, 0.0) for token in SPECIAL]
     # Fewer pieces always win: each piece costs 10, a byte as much, and a word beats its letters.
     vocabulary += [(piece.replace(" ", "▁"), -10.0) for piece in whole]

@@ -1,0 +1,40 @@
+# Everything works from a fresh clone: each target sets up .venv from the pinned requirements first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_VERSION := 26.3
+
+.PHONY: demo test lint bench clean setup
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.runtime
+	$(BIN)/selfcritique experiment=demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check src tests && $(BIN)/ruff format --check src tests && $(BIN)/mypy
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/run.py $(NAME)
+
+setup: $(VENV)/.dev
+
+$(VENV)/.pip:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet pip==$(PIP_VERSION)
+	@touch $@
+
+$(VENV)/.runtime: requirements.txt constraints.txt pyproject.toml | $(VENV)/.pip
+	@echo "Setting up $(VENV) (about 1.6 GB, a few minutes)"
+	$(BIN)/python -m pip install --quiet --progress-bar on -r requirements.txt -c constraints.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.runtime
+	$(BIN)/python -m pip install --quiet --progress-bar on -r requirements-dev.txt -c constraints.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) outputs store .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,204 @@
+"""The command line: a run (Hydra), or a look at the artifact store. Errors become one message here."""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from selfcritique.errors import UserError
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+HELP = """selfcritique: the Self-Critique pipeline for mathematical reasoning
+
+  selfcritique experiment=demo               run an experiment (conf/experiment/)
+  selfcritique experiment=demo plan=true     what it would do and cost; runs nothing
+  selfcritique experiment=demo until=pairs   run up to a stage
+  selfcritique experiment=demo dpo.loss.lam=0.5 seed=1     change any setting
+  selfcritique -m experiment=demo seed=0,1,2               sweep; the points share their stages
+  selfcritique store ls|gc|pin KEY|unpin KEY [--store DIR] [--all] the artifacts and their disk
+  selfcritique experiment=demo --cfg job     the composed settings
+
+Results: outputs/EXPERIMENT/TIME/ (summary.json, metrics.jsonl, lineage.json). Settings: conf/, documented
+in src/selfcritique/config.py. Groups: {groups}.
+Experiments: {experiments}.
+"""
+_failed: list[str] = []  # points of this process that stopped with an error
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point; exits non-zero if anything failed."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if not words or words[0] in ("-h", "--help", "help"):
+            print(_help())
+        elif words[0] == "store":
+            _store(words[1:])
+        else:
+            _hydra(words)
+    except UserError as error:
+        _failed.append(_say(error))
+    except KeyboardInterrupt:
+        _failed.append("interrupted; the same command goes on from here")
+        print(_failed[-1], file=sys.stderr)
+    sys.exit(1 if _failed else 0)
+
+
+def _say(error: object) -> str:
+    message = f"ERROR: {error}"
+    print(message, file=sys.stderr, flush=True)
+    return message
+
+
+def _help() -> str:
+    names = {
+        folder.name: sorted(f.stem for f in folder.glob("*.yaml"))
+        for folder in sorted(CONF.iterdir())
+        if folder.is_dir()
+    }
+    experiments = ", ".join(names.pop("experiment", []))
+    groups = ", ".join(f"{group}={'|'.join(options)}" for group, options in names.items())
+    return HELP.format(groups=groups, experiments=experiments)
+
+
+# ---- a run ---------------------------------------------------------------------------------------------
+
+
+def _hydra(words: list[str]) -> None:
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # progress is ours
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises; what is printed is decided here
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from selfcritique.config import register
+
+    register()
+    sys.argv = ["selfcritique", *words]
+    try:
+        hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(_point)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_explain(error)) from None
+
+
+def _explain(error: BaseException) -> str:
+    """A composition error with the names that would have been right."""
+    from selfcritique.config import RunConfig, field_names
+
+    lines = [
+        line
+        for line in str(error).splitlines()
+        if not line.strip().startswith(("reference_type", "object_type"))
+    ]
+    cause: BaseException | None = error
+    while cause is not None:
+        key = getattr(cause, "full_key", None)
+        if key:
+            allowed = field_names(RunConfig, str(key).split(".")[:-1])
+            close = get_close_matches(str(key).split(".")[-1], allowed, n=1)
+            if str(key).split(".")[-1] not in allowed and allowed:
+                hint = f"did you mean {close[0]}? " if close else ""
+                lines.append(f"{key}: {hint}There are: {', '.join(allowed)}.")
+                break
+        cause = cause.__cause__ or cause.__context__
+    return "\n".join(lines)
+
+
+def _point(composed: Any) -> None:
+    """One run or sweep point. Its errors are said and remembered, so that the other points go on."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from selfcritique.config import to_run_config
+
+    hydra_config = HydraConfig.get()
+    try:
+        run = to_run_config(composed)
+        cores = len(os.sched_getaffinity(0))
+        jobs = max(1, int(hydra_config.launcher.get("n_jobs") or 1))
+        os.environ["OMP_NUM_THREADS"] = str(run.threads or max(1, cores // jobs))  # before torch is imported
+        _run(run, Path(hydra_config.runtime.output_dir))
+    except UserError as error:
+        _failed.append(_say(error))
+
+
+def _run(run: Any, out: Path) -> None:
+    from omegaconf import OmegaConf
+    from rich.console import Console
+    from selfcritique.artifacts import Store, code_version
+
+    from selfcritique.pipeline import build, execute, plan
+
+    console = Console(width=max(100, Console().width))
+    graph, store = build(run), Store(Path(run.store))
+    if run.plan:
+        from selfcritique.report import show_plan
+
+        show_plan(plan(graph, store, run.until), console)
+        return
+    from selfcritique import report
+    from selfcritique.tracker import Tracking
+
+    out.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.structured(run), out / "config.yaml")
+    tracking = Tracking(run, out)
+    start = time.monotonic()
+    done = execute(
+        graph, store, run.until, lambda node, a: tracking.log(node.name, report.training_rows(node.name, a))
+    )
+    summary = report.summarise(run, graph, done, code_version(), time.monotonic() - start)
+    report.write(out, summary, done)
+    tracking.finish(summary, report.sample_rows(done))
+    report.show(summary, out, console)
+
+
+# ---- the store -----------------------------------------------------------------------------------------
+
+
+def _store(words: list[str]) -> None:
+    import argparse
+
+    from selfcritique.artifacts import Store
+
+    parser = argparse.ArgumentParser(prog="selfcritique store", description="The artifacts and their disk.")
+    parser.add_argument("action", choices=("ls", "gc", "pin", "unpin"))
+    parser.add_argument("key", nargs="*", help="keys to pin or unpin; for gc, keys to keep")
+    parser.add_argument("--store", default="store", help="folder of the store (default: store)")
+    parser.add_argument(
+        "--all", action="store_true", help="gc: delete; without it gc only says what it would free"
+    )
+    options = parser.parse_args(words)
+    root = Path(options.store)
+    if not root.is_dir():
+        raise UserError(f"There is no store at {root.absolute()}; name it with --store.")
+    store = Store(root)
+    if options.action == "gc":
+        freed = store.gc(set(options.key), dry_run=not options.all)
+        print(f"{freed / 2**20:.1f} MiB {'freed' if options.all else 'would be freed; add --all to delete'}")
+    elif options.action == "ls":
+        _list(store)
+    else:
+        for key in options.key:
+            (store.pin if options.action == "pin" else store.unpin)(key)
+
+
+def _list(store: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = store.ls()
+    table = Table()
+    for column in ("stage", "key", "MiB", "created", ""):
+        table.add_column(column, no_wrap=True)
+    for row in rows:
+        state = " ".join(word for word in ("pinned", "partial") if row[word])
+        table.add_row(
+            row["stage"], row["key"], f"{row['bytes'] / 2**20:.2f}", str(row["created"] or ""), state
+        )
+    Console().print(table)
+    print(f"{len(rows)} artifacts, {sum(row['bytes'] for row in rows) / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    main()

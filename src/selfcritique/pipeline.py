@@ -1,0 +1,312 @@
+"""The whole pipeline as a graph of stages, read top to bottom, and how a run goes through it.
+
+`build` says which stages there are and what flows between them. Keys follow from configs and input keys
+alone, so the graph can be planned without running anything; `execute` then takes each stage from the
+store or runs it.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from selfcritique.artifacts import Artifact, Store, artifact_key
+
+from selfcritique import stages
+from selfcritique.config import (
+    Arm,
+    OnFail,
+    Pool,
+    Restart,
+    RunConfig,
+    SamplingConfig,
+    key_part,
+)
+from selfcritique.errors import UserError
+from selfcritique.progress import Progress, duration
+from selfcritique.records import Split
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A function of `stages.py`; its version goes up whenever what it computes changes."""
+
+    run: Callable[[Any, Mapping[str, Artifact], Path, Progress], dict[str, Any]]
+    version: int
+
+    @property
+    def name(self) -> str:
+        return self.run.__name__
+
+
+PROBLEMS = Stage(stages.problems, 1)
+SOLUTIONS = Stage(stages.reference_solutions, 1)
+TINY_BASE = Stage(stages.tiny_base, 1)
+CHECKPOINT = Stage(stages.checkpoint, 1)
+SFT = Stage(stages.sft, 1)
+SAMPLE = Stage(stages.sample, 1)
+CRITIC_DATA = Stage(stages.critic_data, 1)
+SCORE = Stage(stages.score, 1)
+CARD = Stage(stages.card, 1)
+SELECT = Stage(stages.select, 1)
+RFT_DATA = Stage(stages.rft_data, 1)
+MATCHED_DATA = Stage(stages.matched_data, 1)
+PAIRS = Stage(stages.pairs, 1)
+REFERENCE = Stage(stages.reference_logps, 1)
+DPO = Stage(stages.dpo, 1)
+EVALUATE = Stage(stages.evaluate, 1)
+
+
+@dataclass(frozen=True)
+class Node:
+    """One stage of this run. Equal nodes of any two runs have the same key, whatever they are called."""
+
+    name: str
+    stage: Stage
+    config: Any
+    inputs: Mapping[str, "Node"]
+    key: str
+    varies: bool  # with the run's seed
+
+    def ancestors(self) -> Iterator["Node"]:
+        for node in self.inputs.values():
+            yield node
+            yield from node.ancestors()
+
+
+class Graph:
+    """The run's nodes in the order in which they run."""
+
+    def __init__(self, run: RunConfig) -> None:
+        self.run = run
+        self.nodes: dict[str, Node] = {}
+        self.gates: list[str] = []  # critic cards that must pass before the run goes on
+        self.models: dict[str, Node] = {}  # what is evaluated, in the order of training
+
+    def add(self, name: str, stage: Stage, config: Any, **inputs: Node) -> Node:
+        """A node whose `seed`, if its config has one, derives from the run's seed and its name."""
+        first = self.run.seed_from
+        varies = not first or name == first or any(node.varies for node in inputs.values())
+        if is_dataclass(config) and any(f.name == "seed" for f in fields(config)) and stage is not PROBLEMS:
+            config = replace(config, seed=stage_seed(self.run.seed if varies else 0, name))  # type: ignore[type-var]
+        keys = {role: node.key for role, node in inputs.items()}
+        key = artifact_key(stage.name, stage.version, key_part(config), keys)
+        self.nodes[name] = Node(name, stage, config, inputs, key, varies)
+        return self.nodes[name]
+
+    def needed(self, until: str) -> list[Node]:
+        """The nodes that `until` needs, itself last; all of them for ''."""
+        for name in filter(None, (until, self.run.seed_from)):
+            if name not in self.nodes:
+                raise UserError(f"There is no stage {name!r} in this run; there are {', '.join(self.nodes)}.")
+        if not until:
+            return list(self.nodes.values())
+        wanted = {until, *(node.name for node in self.nodes[until].ancestors())}
+        return [node for node in self.nodes.values() if node.name in wanted]
+
+
+def stage_seed(seed: int, name: str) -> int:
+    """31 bits that differ between stages and seeds."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big") >> 1
+
+
+def build(run: RunConfig) -> Graph:
+    """The graph of DESIGN section 1."""
+    g = Graph(run)
+    style = run.model.prompts
+
+    def sample(
+        name: str, model: Node, split: Split, sampling: SamplingConfig, limit: int | None = None
+    ) -> Node:
+        config = stages.Sample(split, limit, sampling, run.engine, style, 0)
+        return g.add(name, SAMPLE, config, problems=problems, model=model)
+
+    def score(name: str, responses: Node) -> Node:
+        config = stages.Score(run.critic.ask, run.engine, style, 0)
+        return g.add(name, SCORE, config, problems=problems, responses=responses, critic=critic)
+
+    def gate(name: str, policy: Node) -> Node:
+        responses = sample(f"{name}_responses", policy, Split.critic_dev, run.critic.dev_sampling)
+        scored = score(f"{name}_scores", responses)
+        g.gates.append(name)
+        return g.add(
+            name, CARD, stages.Card(run.annotator), problems=problems, responses=responses, scored=scored
+        )
+
+    problems = g.add("problems", PROBLEMS, run.data)
+    solutions = None
+    if run.model.sft is not None:
+        solutions = g.add("solutions", SOLUTIONS, stages.ReferenceSolutions(style), problems=problems)
+    base = _base(g, problems, solutions)
+
+    pool = sample("critic_pool", base, Split.critic_train, run.critic.data.sampling)
+    taught = stages.CriticData(run.critic.data, run.annotator, run.critic.ask.reference, style, 0)
+    examples = g.add("critic_data", CRITIC_DATA, taught, problems=problems, responses=pool)
+    start = _checkpoint(g, "critic_start", run.critic.model) if run.critic.model else base
+    critic = g.add(
+        "critic", SFT, stages.Sft(run.critic.train, run.trainer, 0), model=start, examples=examples
+    )
+    gate("gate", base)
+
+    g.models["base"] = policy = base
+    accepted: dict[str, Node] = {}
+    for number in range(1, run.rounds.n + 1):
+        mark = "" if number == 1 else f"_{number}"
+        responses = sample(f"pool_rft{mark}", policy, Split.pool_rft, run.rft.sampling)
+        scored = score(f"scores_rft{mark}", responses)
+        selected = g.add(
+            f"select{mark}", SELECT, stages.Select(run.rft.select, 0), problems=problems, scored=scored
+        )
+        accepted |= {f"responses{mark}": responses, f"selected{mark}": selected}
+        original = {"original": solutions} if solutions is not None else {}
+        mixed = stages.RftData(run.rft.mix, style, 0)
+        examples = g.add(f"rft_data{mark}", RFT_DATA, mixed, problems=problems, **original, **accepted)
+        start = base if run.rounds.restart is Restart.base else policy
+        training = stages.Sft(run.rft.train, run.trainer, 0)
+        rft = g.add(f"rft{mark}", SFT, training, model=start, examples=examples)
+        if number == 1 and Arm.sft in run.arms and solutions is not None:
+            same = stages.MatchedData(0)
+            like = g.add("sft_data", MATCHED_DATA, same, original=solutions, like=examples, model=base)
+            g.models["sft"] = g.add("sft", SFT, training, model=base, examples=like)
+        gate(f"regate{mark}", rft)
+
+        split = Split.pool_dpo if run.pairs.pool is Pool.fresh else Split.pool_rft
+        responses = sample(f"pool_dpo{mark}", rft, split, run.pairs.sampling)
+        scored = score(f"scores_dpo{mark}", responses)
+        paired = g.add(
+            f"pairs{mark}", PAIRS, stages.Pairs(run.pairs.build, 0), problems=problems, scored=scored
+        )
+        texts = {"model": rft, "problems": problems, "responses": responses, "pairs": paired}
+        frozen = g.add(f"reference{mark}", REFERENCE, stages.ReferenceLogps(run.trainer, style), **texts)
+        merged = stages.Dpo(run.dpo.loss, run.dpo.train, run.trainer, style, 0)
+        policy = g.add(f"dpo{mark}", DPO, merged, reference=frozen, **texts)
+        g.models |= {f"rft{mark}": rft, f"dpo{mark}": policy}
+
+    for name, model in g.models.items():
+        _evaluation(g, name, model, problems, sample, score)
+    return g
+
+
+def _base(g: Graph, problems: Node, solutions: Node | None) -> Node:
+    run = g.run
+    if run.model.path:
+        start = _checkpoint(g, "checkpoint", run.model.path)
+        if run.model.sft is None or solutions is None:
+            return start
+        return g.add("base", SFT, stages.Sft(run.model.sft, run.trainer, 0), model=start, examples=solutions)
+    assert run.model.sft is not None and solutions is not None
+    numbers = max(source.limit for source in run.data.mix)
+    config = stages.TinyBase(run.model.tiny, 3 * numbers, run.model.sft, run.trainer, 0)
+    return g.add("base", TINY_BASE, config, examples=solutions)
+
+
+def _checkpoint(g: Graph, name: str, path: str) -> Node:
+    folder = Path(path).expanduser()
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"There is no checkpoint at {folder} (looked for config.json): give a folder with config.json, "
+            "*.safetensors and the tokenizer's files, as save_pretrained writes them."
+        )
+    digest = hashlib.sha256()
+    for file in sorted(f for f in folder.iterdir() if f.is_file()):
+        with file.open("rb") as data:
+            digest.update(f"{file.name}:{hashlib.file_digest(data, 'sha256').hexdigest()}\n".encode())
+    return g.add(name, CHECKPOINT, stages.Checkpoint(digest.hexdigest()[:16], folder))
+
+
+def _evaluation(
+    g: Graph, name: str, model: Node, problems: Node, sample: Callable[..., Node], score: Callable[..., Node]
+) -> None:
+    """Greedy answers to the whole split; samples, scored by the critic, for its first questions."""
+    e = g.run.eval
+    greedy = replace(e.sampling, n=1, temperature=0.0, top_p=1.0, top_k=0)
+    inputs = {"problems": problems, "greedy": sample(f"test_{name}", model, e.split, greedy)}
+    if e.sampled_questions:
+        sampled = sample(f"test_{name}_sampled", model, e.split, e.sampling, e.sampled_questions)
+        inputs["sampled"] = score(f"test_{name}_scores", sampled)
+    g.add(f"eval_{name}", EVALUATE, stages.Evaluate(g.run.rft.select.threshold), **inputs)
+
+
+# ---- going through it ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """What a run would do with one stage."""
+
+    name: str
+    stage: str
+    key: str
+    hit: bool
+    bytes: int
+    seconds: float | None  # of a hit: what it took; of a miss: the median of this stage in the store
+
+
+def plan(graph: Graph, store: Store, until: str = "") -> list[PlanRow]:
+    """Each needed stage with its key, hit or miss, disk and time; runs nothing."""
+    found: dict[str, Artifact | None] = {}
+    past = _past_seconds(store, (node.stage.name for node in graph.nodes.values()))
+    rows = []
+    for node in graph.needed(until):
+        inputs = {role: found[n.name] for role, n in node.inputs.items()}
+        known = {role: artifact for role, artifact in inputs.items() if artifact is not None}
+        hit = store.find(node.stage.name, node.key, known) if len(known) == len(inputs) else None
+        found[node.name] = hit
+        size = sum(f.stat().st_size for f in hit.path.rglob("*") if f.is_file()) if hit else 0
+        seconds = hit.wall_s if hit else past.get(node.stage.name)
+        rows.append(PlanRow(node.name, node.stage.name, node.key, hit is not None, size, seconds))
+    return rows
+
+
+def _past_seconds(store: Store, names: Iterable[str]) -> dict[str, float]:
+    past = {}
+    for name in set(names):
+        times = sorted(a.wall_s for a in store.completed(name))
+        if times:
+            past[name] = times[len(times) // 2]
+    return past
+
+
+def execute(
+    graph: Graph, store: Store, until: str, finished: Callable[[Node, Artifact], None]
+) -> dict[str, Artifact]:
+    """Every needed stage from the store or run now; `finished` hears of each. Stops at a failed gate."""
+    done: dict[str, Artifact] = {}
+    needed = graph.needed(until)
+    for number, node in enumerate(needed, 1):
+        progress = Progress(f"[{number}/{len(needed)}] {node.name}")
+        inputs = {role: done[n.name] for role, n in node.inputs.items()}
+        config = key_part(node.config)
+
+        def work(
+            out: Path, node: Node = node, inputs: Any = inputs, progress: Progress = progress
+        ) -> dict[str, Any]:
+            progress.close("running")
+            return node.stage.run(node.config, inputs, out, progress)
+
+        artifact = store.build(
+            node.stage.name, node.stage.version, node.key, config, inputs, work, waiting=progress.close
+        )
+        done[node.name] = artifact
+        progress.close(f"{'reused' if artifact.cached else 'done'} ({duration(artifact.wall_s)})")
+        finished(node, artifact)
+        if node.name in graph.gates:
+            _check_gate(graph.run, node, artifact, progress)
+    return done
+
+
+def _check_gate(run: RunConfig, node: Node, card: Artifact, progress: Progress) -> None:
+    value = card.metrics["balanced_accuracy"]
+    value = value["value"] if isinstance(value, Mapping) else value
+    gate = run.critic.gate
+    if value is not None and value >= gate.min:
+        return
+    message = (
+        f"The critic's balanced accuracy at {node.name} is {value if value is None else round(value, 3)}, "
+        f"under the gate of {gate.min} (critic.gate.min). Train it on more examples (critic.train.epochs, "
+        f"data.splits.critic_train) or go on regardless with critic.gate.on_fail=warn. Its card: {card.path}."
+    )
+    if gate.on_fail is OnFail.stop:
+        raise UserError(message)
+    progress.close("WARNING: " + message)

@@ -1,0 +1,209 @@
+"""What a run leaves behind: summary.json, metrics.jsonl, lineage.json and the table in the terminal.
+
+Every figure of the summary comes from the stages' metrics or from the per-example Parquet files of the
+artifacts that `lineage.json` names.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from rich.console import Console
+from rich.table import Table
+
+from selfcritique.artifacts import Artifact, write_json
+from selfcritique.config import RunConfig, key_part
+from selfcritique.diagnose import diagnose
+from selfcritique.evaluate import comparison_table
+from selfcritique.pipeline import Graph, PlanRow
+from selfcritique.progress import duration
+
+SAMPLE_ROWS = 200  # of the table of samples
+
+
+def summarise(
+    run: RunConfig, graph: Graph, done: Mapping[str, Artifact], commit: str, total_s: float
+) -> dict[str, Any]:
+    """The run's summary; stages that did not run (`until`) leave their parts out."""
+    metrics = {name: artifact.metrics for name, artifact in done.items()}
+    tables = {
+        name: pl.read_parquet(done[f"eval_{name}"].path / "eval.parquet")
+        for name in graph.models
+        if f"eval_{name}" in done
+    }
+    summary: dict[str, Any] = {
+        "experiment": run.name,
+        "seed": run.seed,
+        "seed_from": run.seed_from,
+        "commit": commit,
+        "wall_s": {"total": total_s, **{name: artifact.wall_s for name, artifact in done.items()}},
+        "cached": {name: artifact.cached for name, artifact in done.items()},
+        "data": {
+            "registers": sorted({r for source in run.data.mix for r in source.registers}),
+            **metrics.get("problems", {}),
+        },
+        "models": {name: _model(metrics[f"eval_{name}"]) for name in tables},
+        "comparisons": [],
+    }
+    if "base" in tables:
+        against = [name for name in ("base", "sft", "rft") if name in tables]
+        summary["comparisons"] = comparison_table(tables, run.seed, against)
+    if "gate" in metrics:
+        summary["critic"] = {**_flat(metrics["gate"]), "gate": key_part(run.critic.gate)}
+    for part, stage in (("regate", "regate"), ("selection", "select"), ("pairs", "pairs")):
+        if stage in metrics:
+            summary[part] = _flat(metrics[stage])
+    summary["pools"] = {name: metrics[name] for name in metrics if name.startswith(("pool_", "critic_pool"))}
+    summary["training"] = {
+        name: metrics[name] for name in metrics if name in graph.models or name == "critic"
+    }
+    summary["diagnosis"] = [asdict(finding) for finding in diagnose(summary)]
+    return summary
+
+
+def _model(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    by = metrics["by"]
+    rest = {k: v for k, v in metrics.items() if k != "by"}
+    return rest | {f"by_{group}": by[group] for group in by}
+
+
+def _flat(card: Mapping[str, Any]) -> dict[str, Any]:
+    """Intervals of a card as their value, the interval beside it."""
+    flat: dict[str, Any] = {}
+    for name, value in card.items():
+        if isinstance(value, Mapping) and {"value", "low", "high"} <= value.keys():
+            flat |= {name: value["value"], f"{name}_interval": [value["low"], value["high"]]}
+        else:
+            flat[name] = value
+    return flat
+
+
+def lineage(done: Mapping[str, Artifact]) -> dict[str, dict[str, str]]:
+    """Stage of this run -> where its artifact stands in the store."""
+    return {name: {"stage": a.stage, "key": a.key, "digest": a.digest} for name, a in done.items()}
+
+
+def sample_rows(done: Mapping[str, Artifact], limit: int = SAMPLE_ROWS) -> pl.DataFrame | None:
+    """Responses of the RFT pool with critique, score, verdict and whether they were selected."""
+    if "select" not in done:
+        return None
+    problems = pl.scan_parquet(done["problems"].path / "problems.parquet").select("problem_id", "question")
+    texts = pl.scan_parquet(done["pool_rft"].path / "responses.parquet").select(
+        "response_id", response="text"
+    )
+    critiques = pl.scan_parquet(done["scores_rft"].path / "critiques.parquet").filter(pl.col("sample") == 0)
+    chosen = pl.scan_parquet(done["select"].path / "selected.parquet")
+    columns = ["problem_id", "response_id", "score", "verdict", "selected", "reason"]
+    return (
+        chosen.select(columns)
+        .head(limit)
+        .join(problems, on="problem_id", how="left")
+        .join(texts, on="response_id", how="left")
+        .join(critiques.select("response_id", critique="text"), on="response_id", how="left")
+        .select("question", "response", "critique", *columns[2:], "problem_id", "response_id")
+        .collect()
+    )
+
+
+def training_rows(name: str, artifact: Artifact) -> list[dict[str, Any]]:
+    """The per-step rows a training stage wrote."""
+    path = artifact.path / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    return [{"stage": name, **json.loads(line)} for line in path.read_text().splitlines()]
+
+
+def write(out: Path, summary: Mapping[str, Any], done: Mapping[str, Artifact]) -> None:
+    write_json(out / "summary.json", summary)
+    write_json(out / "lineage.json", lineage(done))
+
+
+# ---- tables in the terminal ----------------------------------------------------------------------------
+
+
+def _percent(interval: Mapping[str, Any] | None) -> str:
+    if not interval or interval.get("value") is None:
+        return "-"
+    return f"{100 * interval['value']:.1f} % [{100 * interval['low']:.1f}, {100 * interval['high']:.1f}]"
+
+
+def show(summary: Mapping[str, Any], out: Path, console: Console) -> None:
+    """The results: accuracies, comparisons, the critic, what was selected, what to change."""
+    models = Table(title=f"{summary['experiment']}, seed {summary['seed']}", title_justify="left")
+    sampled = next((m for m in summary["models"].values() if "critic_score" in m), {})
+    extra = [name for name in sampled if "@" in name]
+    for column in ("model", "accuracy (95 % interval)", *extra):
+        models.add_column(column)
+    for name, model in summary["models"].items():
+        models.add_row(name, _percent(model["accuracy"]), *(_percent(model.get(metric)) for metric in extra))
+    if summary["models"]:
+        console.print(models)
+    if summary["comparisons"]:
+        console.print(_comparisons(summary["comparisons"]))
+    critic = summary.get("critic")
+    if critic:
+        console.print(
+            f"Critic on {critic['n']:,} unseen responses: "
+            f"balanced accuracy {critic['balanced_accuracy']:.3f}, AUROC {critic['auroc']:.3f}, F1 {critic['f1']:.3f}, "
+            f"parse failures {100 * critic['parse_failure_rate']:.1f} %."
+        )
+    for part in ("selection", "pairs"):
+        if part in summary:
+            console.print(f"{part.capitalize()}: " + ", ".join(_figures(summary[part])))
+    for finding in summary["diagnosis"]:
+        console.print(
+            f"[bold]{finding['signature']}[/]: {finding['evidence']} "
+            f"→ {finding['setting']}: {finding['advice']}"
+        )
+    reused = sum(summary["cached"].values())
+    console.print(
+        f"{duration(summary['wall_s']['total'])} in all; {reused} of {len(summary['cached'])} stages reused"
+        f"{' (everything)' if reused == len(summary['cached']) else ''}. Results: {out}"
+    )
+
+
+def _figures(part: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in part.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            shown = f"{value:,.3f}".rstrip("0").rstrip(".") if isinstance(value, float) else f"{value:,}"
+            yield f"{name.replace('_', ' ')} {shown}"
+
+
+def _comparisons(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="Paired comparisons (Holm-adjusted)", title_justify="left")
+    for column in ("comparison", "points (95 % interval)", "relative", "p adjusted", "detectable from"):
+        table.add_column(column)
+    for row in rows:
+        points = f"{100 * row['delta']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
+        relative = "-" if row["relative"] is None else f"{100 * row['relative']:+.1f} %"
+        table.add_row(
+            f"{row['a']} − {row['b']}",
+            points,
+            relative,
+            f"{row['p_adjusted']:.2g}",
+            f"{100 * row['mde']:.1f}",
+        )
+    return table
+
+
+def show_plan(rows: list[PlanRow], console: Console) -> None:
+    """What a run would do, stage by stage."""
+    table = Table(title="Plan: nothing is run", title_justify="left")
+    for column in ("stage", "key", "", "disk", "time"):
+        table.add_column(column, no_wrap=True)
+    for row in rows:
+        time = "?" if row.seconds is None else duration(row.seconds)
+        disk = f"{row.bytes / 2**20:.1f} MiB" if row.hit else ""
+        table.add_row(row.name, row.key, "hit" if row.hit else "miss", disk, time if row.hit else f"~{time}")
+    console.print(table)
+    missing = [row for row in rows if not row.hit]
+    known = sum(row.seconds or 0.0 for row in missing)
+    unknown = sum(row.seconds is None for row in missing)
+    console.print(
+        f"{len(missing)} of {len(rows)} stages would run, about {duration(known)} by this store's past stages"
+        f"{f' and {unknown} never timed here' if unknown else ''}; "
+        f"{sum(row.bytes for row in rows) / 2**20:.1f} MiB stand."
+    )

@@ -1,0 +1,117 @@
+"""Where a run's figures go beside its own files: nowhere, a CSV, or Weights & Biases.
+
+`metrics.jsonl` is always written first. W&B gets what it got; if it fails, the run goes on without it.
+"""
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import polars as pl
+
+from selfcritique.config import Logger, RunConfig, key_part
+
+
+class Tracker(Protocol):
+    def log(self, stage: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Per-step figures of one stage."""
+        ...
+
+    def finish(self, summary: Mapping[str, Any], samples: pl.DataFrame | None) -> None: ...
+
+
+class _Nothing:
+    def log(self, stage: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        return
+
+    def finish(self, summary: Mapping[str, Any], samples: pl.DataFrame | None) -> None:
+        return
+
+
+class _Csv(_Nothing):
+    """metrics.csv: one line per figure, so that stages with other figures share a file."""
+
+    def __init__(self, out: Path) -> None:
+        self.path = out / "metrics.csv"
+
+    def log(self, stage: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        fresh = not self.path.exists()
+        with self.path.open("a", newline="") as lines:
+            writer = csv.writer(lines)
+            if fresh:
+                writer.writerow(("stage", "step", "metric", "value"))
+            for row in rows:
+                figures = ((k, v) for k, v in row.items() if k not in ("stage", "step") and _is_number(v))
+                writer.writerows((stage, row.get("step"), name, value) for name, value in figures)
+
+
+class _Wandb:
+    """A W&B run, offline unless the user says otherwise (WANDB_MODE) or is logged in."""
+
+    def __init__(self, run: RunConfig, out: Path) -> None:
+        import wandb
+
+        mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+        self.wandb = wandb
+        self.run = wandb.init(
+            project="selfcritique",
+            group=run.name,
+            name=f"{run.name}-seed{run.seed}",
+            config=key_part(run),
+            dir=str(out),
+            mode=mode,  # type: ignore[arg-type]
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+
+    def log(self, stage: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+        for row in rows:
+            self.run.log({f"{stage}/{name}": value for name, value in row.items() if _is_number(value)})
+
+    def finish(self, summary: Mapping[str, Any], samples: pl.DataFrame | None) -> None:
+        self.run.summary.update(
+            {k: summary[k] for k in ("models", "critic", "selection", "pairs") if k in summary}
+        )
+        if samples is not None:
+            rows = [list(row) for row in samples.iter_rows()]
+            self.run.log({"samples": self.wandb.Table(columns=samples.columns, data=rows)})
+        self.run.finish()
+
+
+class Tracking:
+    """metrics.jsonl first, then the chosen tracker; a tracker that fails is dropped with one warning."""
+
+    def __init__(self, run: RunConfig, out: Path) -> None:
+        self.path = out / "metrics.jsonl"
+        self.tracker: Tracker = _Nothing()
+        makers = {
+            Logger.none: _Nothing,
+            Logger.csv: lambda: _Csv(out),
+            Logger.wandb: lambda: _Wandb(run, out),
+        }
+        self._try(lambda: setattr(self, "tracker", makers[run.logger]()))
+
+    def log(self, stage: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        with self.path.open("a") as lines:
+            lines.writelines(json.dumps({"stage": stage, **row}) + "\n" for row in rows)
+        self._try(lambda: self.tracker.log(stage, rows))
+
+    def finish(self, summary: Mapping[str, Any], samples: pl.DataFrame | None) -> None:
+        self._try(lambda: self.tracker.finish(summary, samples))
+
+    def _try(self, action: Any) -> None:
+        try:
+            action()
+        except Exception as error:
+            print(
+                f"WARNING: logging stopped, the run goes on: {type(error).__name__}: {error}", file=sys.stderr
+            )
+            self.tracker = _Nothing()
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,1 @@
+"""Training: pure losses, batches, model access, Lightning modules, and the loop that fits them."""

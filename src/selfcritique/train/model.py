@@ -1,0 +1,65 @@
+"""Checkpoints, and the log-probabilities of response tokens under a model."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM
+
+from selfcritique.errors import UserError
+from selfcritique.train.batch import TokenBatch
+
+CHUNK_LOGITS = 2**24  # floats of logits held at once: 64 MB
+
+
+def load_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """A causal language model from a checkpoint folder: safetensors, no code of its own."""
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, use_safetensors=True, attn_implementation="sdpa"
+    )
+    config = model.config.get_text_config()
+    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise UserError(f"{path}: the model changes its logits ({name}), which training does not know.")
+    return model
+
+
+def save_model(model: Any, source: Path, out: Path) -> None:
+    """`model` as a plain checkpoint in `out`, with the tokenizer files of `source`."""
+    model.save_pretrained(out)
+    for file in source.iterdir():
+        if (
+            file.is_file()
+            and not (out / file.name).exists()
+            and file.suffix in (".json", ".jinja", ".txt", ".model")
+        ):
+            if "index" not in file.name:
+                shutil.copyfile(file, out / file.name)
+
+
+def token_logps(model: Any, batch: TokenBatch) -> Tensor:
+    """Log-probability of each response token, (tokens,), fp32 (fp64 where the model is).
+
+    The head runs at response positions only, in chunks that are computed again in the backward pass where
+    all logits at once would be too many: batch x length x vocabulary never exists.
+    """
+    hidden = model.get_decoder()(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    hidden = hidden[batch.rows, batch.positions]  # (tokens, width)
+    head = model.get_output_embeddings()
+    rows = max(1, CHUNK_LOGITS // head.weight.shape[0])
+    if len(hidden) <= rows:
+        return _head_logps(head, hidden, batch.labels)
+    parts = [
+        checkpoint(_head_logps, head, h, y, use_reentrant=False)
+        for h, y in zip(hidden.split(rows), batch.labels.split(rows), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _head_logps(head: Any, hidden: Tensor, labels: Tensor) -> Tensor:
+    logits = head(hidden)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return logits.gather(-1, labels[:, None])[:, 0] - logits.logsumexp(-1)

@@ -1,0 +1,143 @@
+"""The LightningModules: one training step is one global batch, in micro-batches, by the pure losses."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from selfcritique.config import DpoLossConfig, Schedule, SftNorm, TrainConfig
+from selfcritique.errors import UserError
+from selfcritique.train.batch import TokenBatch
+from selfcritique.train.loss import Denominators, merged_loss, preference_loss, sequence_logps, sft_loss
+from selfcritique.train.model import token_logps
+
+Row = dict[str, float]
+
+
+def schedule_factor(config: TrainConfig, step: int, steps: int) -> float:
+    """Share of the learning rate at a step (from 0): linear warm-up, then the schedule down to nothing."""
+    warmup = round(config.warmup_ratio * steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    left = 1 - (step - warmup) / max(steps - warmup, 1)
+    if config.schedule is Schedule.linear:
+        return left
+    return (1 - math.cos(math.pi * left)) / 2 if config.schedule is Schedule.cosine else 1.0
+
+
+class _Module(pl.LightningModule):
+    """What SFT and DPO share: the optimiser, one step over micro-batches, and its report."""
+
+    def __init__(
+        self, model: Any, config: TrainConfig, steps: int, start: int, report: Callable[[int, Row], None]
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.model, self.config, self.steps, self.report = model, config, steps, report
+        self.done = start
+        self.clock = time.monotonic()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        c = self.config
+        plain = [p for p in self.model.parameters() if p.requires_grad and p.ndim < 2]
+        decayed = [p for p in self.model.parameters() if p.requires_grad and p.ndim >= 2]
+        groups = [{"params": decayed, "weight_decay": c.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), fused=True)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        micros, whole = batch
+        return [m.to(device) if isinstance(m, TokenBatch) else tuple(t.to(device) for t in m) for m in micros], whole
+
+    def micro_loss(self, micro: Any, whole: Denominators) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """This micro-batch's share of the global batch's loss, and figures that add up over micro-batches."""
+        raise NotImplementedError
+
+    def training_step(self, batch: tuple[list[Any], Denominators], _: int) -> None:
+        micros, whole = batch
+        optimizer = self.optimizers()
+        lr = self.config.lr * schedule_factor(self.config, self.done, self.steps)
+        for group in optimizer.param_groups:  # type: ignore[union-attr]
+            group["lr"] = lr
+        optimizer.zero_grad(set_to_none=True)  # type: ignore[union-attr]
+        total: dict[str, Tensor] = {}
+        for micro in micros:
+            loss, figures = self.micro_loss(micro, whole)
+            self.manual_backward(loss)
+            for name, value in {"loss": loss, **figures}.items():
+                total[name] = total.get(name, torch.zeros(())) + value.detach()
+        limit = self.config.grad_clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        row = {name: value.item() for name, value in total.items()} | {"grad_norm": norm.item(), "lr": lr}
+        bad = [name for name in ("loss", "grad_norm") if not math.isfinite(row[name])]
+        if bad:  # before the optimiser moves: the weights are still those of the last good step
+            raise NotFinite(self.done, bad[0])
+        optimizer.step()
+        now = time.monotonic()
+        row |= {"tokens": whole.tokens, "tokens_per_s": whole.tokens / max(now - self.clock, 1e-9)}
+        self.clock = now
+        self.done += 1
+        self.report(self.done, row)
+
+
+class NotFinite(UserError):
+    """Loss or gradient is NaN or infinite at `step` (from 0)."""
+
+    def __init__(self, step: int, what: str) -> None:
+        super().__init__(f"{what} is not finite at step {step}")
+        self.step = step
+
+
+class SftModule(_Module):
+    """Cross-entropy on responses, per token of the global batch."""
+
+    def micro_loss(self, micro: TokenBatch, whole: Denominators) -> tuple[Tensor, Mapping[str, Tensor]]:
+        logps = sequence_logps(token_logps(self.model, micro), micro.rows, len(micro.lengths))
+        return sft_loss(logps, micro.lengths, whole, SftNorm.token), {}
+
+
+class DpoModule(_Module):
+    """The merged loss on pairs. A micro-batch holds all chosen, then all rejected sequences, and the
+    reference's log-probs (2, pairs)."""
+
+    def __init__(self, *arguments: Any, loss: DpoLossConfig) -> None:
+        super().__init__(*arguments)
+        self.loss = loss
+
+    def micro_loss(
+        self, micro: tuple[TokenBatch, Tensor], whole: Denominators
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        batch, reference = micro
+        logps = sequence_logps(token_logps(self.model, batch), batch.rows, len(batch.lengths))
+        chosen, rejected = logps.chunk(2)
+        chosen_length, rejected_length = batch.lengths.chunk(2)
+        c = self.loss
+        each = preference_loss(chosen, rejected, *reference, c.beta, c.kind, c.label_smoothing)
+        dpo = each.sum() / whole.sequences
+        sft = sft_loss(chosen, chosen_length, whole, c.sft_norm)
+        chosen_drift, rejected_drift = chosen.detach() - reference[0], rejected.detach() - reference[1]
+        margins = c.beta * (chosen_drift - rejected_drift)
+        means = {
+            "rewards_chosen": c.beta * chosen_drift,
+            "rewards_rejected": c.beta * rejected_drift,
+            "rewards_margin": margins,
+            "rewards_accuracy": (margins > 0).to(logps.dtype),
+            "chosen_logps": chosen.detach(),
+            "rejected_logps": rejected.detach(),
+            "chosen_logps_drift": chosen_drift,
+            "rejected_logps_drift": rejected_drift,
+            "chosen_length": chosen_length.to(logps.dtype),
+            "rejected_length": rejected_length.to(logps.dtype),
+        }
+        figures = {"dpo_loss": dpo, "sft_loss": sft}
+        figures |= {name: value.sum() / whole.sequences for name, value in means.items()}
+        return merged_loss(dpo, sft, c), figures
+
+
+def last_means(rows: Sequence[Row], names: Sequence[str]) -> Row:
+    """Means over the last tenth of the steps."""
+    tail = rows[-max(1, len(rows) // 10) :]
+    return {name: sum(row[name] for row in tail) / len(tail) for name in names if name in tail[0]}
