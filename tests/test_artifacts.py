@@ -1,12 +1,13 @@
 """The artifact store under kills, races, changed inputs and full disks.
 
-Run as a script, this file is the other process: `python test_artifacts.py kill_everywhere DIR`,
+Run as a script, this file is the other process: `python test_artifacts.py kill_everywhere DIR DAMAGED`,
 `python test_artifacts.py build DIR LOCK STALE_S SECONDS`.
 """
 
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -255,20 +256,26 @@ def in_child(work: Callable[[], None]) -> int:
 def recorded(root: Path) -> set[str]:
     """Batches that stand whole in the journal, read without the code under test; all once it is done."""
     journals = [*root.glob("sample/*.partial/scratch/journal.jsonl")]
-    if [*root.glob("sample/*/manifest.json")]:
+    if any((manifest.parent / "rows.json").exists() for manifest in root.glob("sample/*/manifest.json")):
         return {f"b{n}" for n in range(N_BATCHES)}
     lines = journals[0].read_bytes().split(b"\n")[:-1] if journals else []
     return {json.loads(line)["batch"] for line in lines}
 
 
-def kill_everywhere(folder: Path) -> dict[str, Any]:
-    """The pipeline killed at every point in turn and rerun; what was wrong, and how often it was killed."""
+def kill_everywhere(folder: Path, damaged: bool) -> dict[str, Any]:
+    """The pipeline killed at every point in turn and rerun; what was wrong, and how often it was killed.
+
+    damaged: it starts from a finished store whose samples lost a file, so that they are replaced.
+    """
     os.fsync = lambda descriptor: None  # it guards against power cuts, which are not tested here
     pipeline(folder / "whole")
     expected = state(folder / "whole")
     wrong: list[str] = []
     for n in range(1, 1000):
         root = folder / str(n)
+        if damaged:
+            shutil.copytree(folder / "whole", root)
+            next(root.glob("sample/*/rows.json")).unlink()
 
         def first_run(n: int = n, root: Path = root) -> None:
             KillAt(n, root)
@@ -281,11 +288,15 @@ def kill_everywhere(folder: Path) -> dict[str, Any]:
             wrong.append(f"{n}: ended with {status}")
         finished = [m.parent for m in root.glob("*/*/manifest.json") if m.parent.suffix == ""]
         wrong += [f"{n}: {p} has scratch" for p in finished if (p / "scratch").exists()]
+        later = {p.parent.name for p in finished} & {"train", "evaluate"}
+        if damaged and len(later) < 2:
+            wrong.append(f"{n}: of the stages after the damaged one only {later} are left")
         before = recorded(root)
         started: list[str] = []
         pipeline(root, started.append)
         if set(started) & before or set(started) | before != {f"b{i}" for i in range(N_BATCHES)}:
             wrong.append(f"{n}: had {sorted(before)}, then sampled {started}")
+        Store(root).gc({row["key"] for row in Store(root).ls()})  # what a kill left of something deleted
         if state(root) != expected:
             wrong.append(f"{n}: {sorted(set(state(root).items()) ^ set(expected.items()))}")
     raise AssertionError("the pipeline never ended")
@@ -301,12 +312,15 @@ def other_process(*arguments: object) -> subprocess.Popen[str]:
     )
 
 
-def test_killed_at_every_write_the_rerun_equals_an_uninterrupted_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("damaged", "at_least"), [(0, 60), (1, 30)])
+def test_killed_at_every_write_the_rerun_equals_an_uninterrupted_run(
+    tmp_path: Path, damaged: int, at_least: int
+) -> None:
     """Three stages, a torn write at each os.write, a kill before each other change of the file system."""
-    output, _ = other_process("kill_everywhere", tmp_path).communicate(timeout=120)
+    output, _ = other_process("kill_everywhere", tmp_path, damaged).communicate(timeout=120)
     result = json.loads(output)
     assert result["wrong"] == []
-    assert result["kills"] >= 60
+    assert result["kills"] >= at_least
 
 
 def test_resumed_wall_time_includes_the_attempt_that_was_cut_off(tmp_path: Path) -> None:
@@ -445,7 +459,7 @@ def test_journal_keeps_a_batch_once(tmp_path: Path) -> None:
 
 
 class FullAfter:
-    """os.write that takes so many bytes, then half of what is asked, then nothing."""
+    """os.write that takes so many bytes and then no more."""
 
     def __init__(self, room: int) -> None:
         self.room, self.write = room, os.write
@@ -456,6 +470,17 @@ class FullAfter:
         taken = data[: self.room]
         self.room -= len(taken)
         return self.write(descriptor, taken)
+
+
+def test_append_that_met_a_full_disk_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(tmp_path / "j")
+    journal.append("a", [1])
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="disk full"):
+        patch.setattr(os, "write", FullAfter(7))
+        journal.append("b", [2])
+    assert "b" not in journal
+    journal.append("b", [2])
+    assert Journal(tmp_path / "j").load() == {"a": [1], "b": [2]}
 
 
 @pytest.mark.parametrize("room", [0, 100, 300, 600, 900, 1300])
@@ -565,7 +590,7 @@ def test_gc_leaves_what_is_being_built(tmp_path: Path, lock: Locking) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "kill_everywhere":
-        print(json.dumps(kill_everywhere(Path(sys.argv[2]))))
+        print(json.dumps(kill_everywhere(Path(sys.argv[2]), bool(int(sys.argv[3])))))
     else:
         made = slow_build(Path(sys.argv[2]), Locking(sys.argv[3]), float(sys.argv[4]), float(sys.argv[5]))
         print(json.dumps({"cached": made.cached, "digest": made.digest}))

@@ -496,6 +496,12 @@ class Store:
     def gc(self, keep: Collection[str] = (), older_than_s: float = 0.0, dry_run: bool = False) -> int:
         """Delete what is neither kept, pinned, being built nor used in the last seconds; the bytes freed."""
         freed = 0
+        for trash in self.root.glob("[!.]*/*.trash"):  # of a process killed while deleting
+            with self._lock(trash.parent.name, trash.stem, None) as held:
+                if held is not None:
+                    freed += _usage(trash)[0]
+                    if not dry_run:
+                        _empty_trash(trash)
         for row in self.ls():
             if row["pinned"] or row["key"] in keep or row["age_s"] < older_than_s:
                 continue

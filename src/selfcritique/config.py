@@ -183,9 +183,7 @@ class TrainerConfig:
     max_length: int = 512  # tokens of prompt and response; longer examples are dropped and counted
 
     def __post_init__(self) -> None:
-        check(
-            self, micro_tokens=self.micro_tokens < 1, max_length=self.max_length < 2
-        )
+        check(self, micro_tokens=self.micro_tokens < 1, max_length=self.max_length < 2)
 
 
 class PromptStyle(StrEnum):

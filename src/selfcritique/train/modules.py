@@ -50,7 +50,9 @@ class _Module(pl.LightningModule):
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         micros, whole = batch
-        return [m.to(device) if isinstance(m, TokenBatch) else tuple(t.to(device) for t in m) for m in micros], whole
+        return [
+            m.to(device) if isinstance(m, TokenBatch) else tuple(t.to(device) for t in m) for m in micros
+        ], whole
 
     def micro_loss(self, micro: Any, whole: Denominators) -> tuple[Tensor, Mapping[str, Tensor]]:
         """This micro-batch's share of the global batch's loss, and figures that add up over micro-batches."""
