@@ -129,7 +129,7 @@ def test_best_of_k(scores: list[float | None], won: int) -> None:
 
 def test_metrics_refuse_what_they_cannot_measure() -> None:
     rows = table(samples("a", "xx", "x") + samples("b", "x", "x") + [row("c")])
-    with pytest.raises(UserError, match="2 of 3 problems have fewer than 2 samples"):
+    with pytest.raises(UserError, match="1 of 2 problems have fewer than 2 samples"):
         evaluate.measure(rows, "pass@2")
     with pytest.raises(UserError, match="no answer"):
         evaluate.measure(rows.filter(pl.col("problem_id") == "a"), "accuracy")

@@ -126,8 +126,8 @@ def _point(composed: Any) -> None:
 def _run(run: Any, out: Path) -> None:
     from omegaconf import OmegaConf
     from rich.console import Console
-    from selfcritique.artifacts import Store, code_version
 
+    from selfcritique.artifacts import Store, code_version
     from selfcritique.pipeline import build, execute, plan
 
     console = Console(width=max(100, Console().width))

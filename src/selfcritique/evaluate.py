@@ -64,11 +64,11 @@ def _groups(rows: pl.DataFrame, column: str) -> list[tuple[str, pl.DataFrame]]:
 
 
 def _samples(rows: pl.DataFrame, k: int, metric: str) -> pl.DataFrame:
-    """Every problem's samples in order; refuses a table in which a problem has fewer than k."""
+    """Every sampled problem's samples in order; refuses a table in which one has fewer than k."""
     samples = rows.filter(pl.col("kind") == "sample").sort("problem_id", "sample")
     counts = samples.group_by("problem_id").len()
-    problems = rows["problem_id"].n_unique()
-    lacking = problems - counts.filter(pl.col("len") >= k).height
+    problems = counts.height
+    lacking = counts.filter(pl.col("len") < k).height
     if lacking:
         raise UserError(
             f"{metric}: {lacking} of {problems} problems have fewer than {k} samples; "

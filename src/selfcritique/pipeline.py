@@ -11,9 +11,8 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from selfcritique.artifacts import Artifact, Store, artifact_key
-
 from selfcritique import stages
+from selfcritique.artifacts import Artifact, Store, artifact_key
 from selfcritique.config import (
     Arm,
     OnFail,

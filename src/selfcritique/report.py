@@ -133,7 +133,7 @@ def _percent(interval: Mapping[str, Any] | None) -> str:
 def show(summary: Mapping[str, Any], out: Path, console: Console) -> None:
     """The results: accuracies, comparisons, the critic, what was selected, what to change."""
     models = Table(title=f"{summary['experiment']}, seed {summary['seed']}", title_justify="left")
-    sampled = next((m for m in summary["models"].values() if "critic_score" in m), {})
+    sampled: Mapping[str, Any] = next((m for m in summary["models"].values() if "critic_score" in m), {})
     extra = [name for name in sampled if "@" in name]
     for column in ("model", "accuracy (95 % interval)", *extra):
         models.add_column(column)
@@ -147,8 +147,8 @@ def show(summary: Mapping[str, Any], out: Path, console: Console) -> None:
     if critic:
         console.print(
             f"Critic on {critic['n']:,} unseen responses: "
-            f"balanced accuracy {critic['balanced_accuracy']:.3f}, AUROC {critic['auroc']:.3f}, F1 {critic['f1']:.3f}, "
-            f"parse failures {100 * critic['parse_failure_rate']:.1f} %."
+            f"balanced accuracy {critic['balanced_accuracy']:.3f}, AUROC {critic['auroc']:.3f}, "
+            f"F1 {critic['f1']:.3f}, parse failures {100 * critic['parse_failure_rate']:.1f} %."
         )
     for part in ("selection", "pairs"):
         if part in summary:

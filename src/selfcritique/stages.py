@@ -14,8 +14,8 @@ from random import Random
 from typing import Any
 
 import polars as pl
-from selfcritique.artifacts import Artifact, Journal, write_json
 
+from selfcritique.artifacts import Artifact, Journal, write_json
 from selfcritique.config import (
     AnnotatorConfig,
     AskConfig,
@@ -644,9 +644,7 @@ def evaluate(config: Evaluate, inputs: Inputs, out: Path, progress: Progress) ->
     rows.write_parquet(out / "eval.parquet")
     metrics: Metrics = {"accuracy": accuracy(rows), "by": {g: by_group(rows, g) for g in GROUPS}}
     if "sampled" in inputs:
-        n = int(sampled["sample"].max() or 0) + 1  # type: ignore[call-overload]
-        metrics |= {
-            f"{name}@{k}": measure(rows, f"{name}@{k}") for name in ("pass", "maj", "best") for k in (n,)
-        }
+        n = sampled.select(pl.col("sample").max() + 1).item()
+        metrics |= {f"{name}@{n}": measure(rows, f"{name}@{n}") for name in ("pass", "maj", "best")}
         metrics["critic_score"] = critic_score_summary(rows, config.threshold)
     return metrics

@@ -7,7 +7,7 @@ import csv
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -78,7 +78,7 @@ class _Wandb:
         )
         if samples is not None:
             rows = [list(row) for row in samples.iter_rows()]
-            self.run.log({"samples": self.wandb.Table(columns=samples.columns, data=rows)})
+            self.run.log({"samples": self.wandb.Table(columns=list[str | int](samples.columns), data=rows)})
         self.run.finish()
 
 
@@ -88,7 +88,7 @@ class Tracking:
     def __init__(self, run: RunConfig, out: Path) -> None:
         self.path = out / "metrics.jsonl"
         self.tracker: Tracker = _Nothing()
-        makers = {
+        makers: dict[Logger, Callable[[], Tracker]] = {
             Logger.none: _Nothing,
             Logger.csv: lambda: _Csv(out),
             Logger.wandb: lambda: _Wandb(run, out),

@@ -268,7 +268,7 @@ class _Prefilled:
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
 
 
-class _PreallocatedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+class _PreallocatedLayer(CacheLayerMixin):
     """Keys and values (rows, heads, slots, head size), written in place rather than concatenated.
 
     The first update holds the prompts, whose rows are repeated for their samples.

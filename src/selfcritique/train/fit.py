@@ -97,8 +97,8 @@ def fit_dpo(
     """Train on `pairs` with the merged loss against precomputed reference log-probs."""
     if len(reference.sums[0]) != len(pairs):
         raise UserError(
-            f"The reference log-probs are for {len(reference.sums[0])} pairs, but there are {len(pairs)}: they "
-            "belong to other data; compute them again."
+            f"The reference log-probs are for {len(reference.sums[0])} pairs, but there are {len(pairs)}: "
+            "they belong to other data; compute them again."
         )
     kept = [i for i, pair in enumerate(pairs) if pair.length <= trainer.max_length]
     if not kept:

@@ -35,9 +35,9 @@ def save_model(model: Any, source: Path, out: Path) -> None:
             file.is_file()
             and not (out / file.name).exists()
             and file.suffix in (".json", ".jinja", ".txt", ".model")
+            and "index" not in file.name
         ):
-            if "index" not in file.name:
-                shutil.copyfile(file, out / file.name)
+            shutil.copyfile(file, out / file.name)
 
 
 def token_logps(model: Any, batch: TokenBatch) -> Tensor:

@@ -60,11 +60,11 @@ class _Module(pl.LightningModule):
 
     def training_step(self, batch: tuple[list[Any], Denominators], _: int) -> None:
         micros, whole = batch
-        optimizer = self.optimizers()
+        optimizer: Any = self.optimizers()
         lr = self.config.lr * schedule_factor(self.config, self.done, self.steps)
-        for group in optimizer.param_groups:  # type: ignore[union-attr]
+        for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.zero_grad(set_to_none=True)  # type: ignore[union-attr]
+        optimizer.zero_grad(set_to_none=True)
         total: dict[str, Tensor] = {}
         for micro in micros:
             loss, figures = self.micro_loss(micro, whole)
@@ -117,7 +117,9 @@ class DpoModule(_Module):
         chosen, rejected = logps.chunk(2)
         chosen_length, rejected_length = batch.lengths.chunk(2)
         c = self.loss
-        each = preference_loss(chosen, rejected, *reference, c.beta, c.kind, c.label_smoothing)
+        each = preference_loss(
+            chosen, rejected, reference[0], reference[1], c.beta, c.kind, c.label_smoothing
+        )
         dpo = each.sum() / whole.sequences
         sft = sft_loss(chosen, chosen_length, whole, c.sft_norm)
         chosen_drift, rejected_drift = chosen.detach() - reference[0], rejected.detach() - reference[1]
