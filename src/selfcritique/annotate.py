@@ -10,7 +10,7 @@ flawed steps, 9-10 right throughout.
 import csv
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from random import Random
@@ -288,12 +288,15 @@ def _renumber(text: str, changed: Mapping[Fraction, Fraction]) -> str:
     return re.sub(_NUMBER, lambda m: str(changed.get(_fraction(m[0]), m[0])), text)
 
 
-def corruptions(problems: Sequence[Problem], rate: float, rng: Random) -> list[tuple[Problem, str, str]]:
-    """(problem, no response id, corrupted solution) for a share `rate` of the problems, kinds in turn."""
+def corruptions(right: Sequence[tuple[Problem, str]], rate: float, rng: Random) -> list[tuple[Problem, str]]:
+    """`rate` corrupted copies of each right (problem, response), each with one error of a random kind."""
     made = []
-    for problem in problems:
-        if rng.random() < rate and (found := corrupt(problem, rng.choice(KINDS), rng)) is not None:
-            made.append((problem, "", found.text))
+    for problem, response in right:
+        solved = replace(problem, reference=response)
+        for _ in range(int(rate) + (rng.random() < rate % 1)):
+            found = corrupt(solved, rng.choice(KINDS), rng)
+            if found is not None:
+                made.append((problem, found.text))
     return made
 
 

@@ -263,7 +263,7 @@ class CriticDataConfig:
     """What the critic is taught from: sampled answers and known corruptions, marked by the annotator."""
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    corruptions: float = 0.5  # corrupted reference solutions per question
+    corruptions: float = 0.5  # corrupted copies of each sampled answer that is right throughout
     balance: dict[str, float] = field(default_factory=dict)  # share of each band: low, mid, high, top
     score_only: float = 0.1  # share of examples that teach the logit mode
     max_examples: int = 0  # 0: all that the balance allows

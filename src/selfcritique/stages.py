@@ -116,8 +116,8 @@ class CriticData:
 
 
 def critic_data(config: CriticData, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
-    """What the critic learns from: sampled answers and corruptions, marked and balanced by band."""
-    from selfcritique.annotate import annotator, balance, corruptions
+    """What the critic learns from: sampled answers and corruptions of right ones, balanced by band."""
+    from selfcritique.annotate import Marked, annotate, annotator, balance, band, corruptions
 
     rng = Random(config.seed)
     by_id = {p.id: p for p in load_problems(inputs["problems"], Split.critic_train)}
@@ -126,14 +126,16 @@ def critic_data(config: CriticData, inputs: Inputs, out: Path, progress: Progres
         (by_id[pid], rid, text)
         for pid, rid, text in table.select("problem_id", "response_id", "text").iter_rows()
     ]
-    candidates += corruptions(list(by_id.values()), config.data.corruptions, rng)
     mark = annotator(config.annotator)
-    marked = []
+    marked: list[Marked] = []
     for done, (problem, response_id, text) in enumerate(candidates, 1):
         annotation = mark(problem, response_id, text)
         if annotation is not None:
             marked.append((problem, response_id, text, annotation))
         progress(done, len(candidates))
+    clean = [(problem, text) for problem, _, text, a in marked if band(a.score) == "top"]
+    broken = corruptions(clean, config.data.corruptions, rng)
+    marked += [(problem, "", text, annotate(problem, text)) for problem, text in broken]
     chosen = balance(marked, config.data.balance, config.data.max_examples, rng)
     rows = []
     for problem, response_id, text, annotation in chosen:
