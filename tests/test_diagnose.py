@@ -36,7 +36,7 @@ def _healthy() -> dict[str, Any]:
             _row("dpo", "base", "pass@8", 0.01),
         ],
         "critic": {"balanced_accuracy": 0.85},
-        "selection": {"yield": 0.4, "coverage": 0.6, "diversity": 0.3},
+        "selection": {"accept_rate": 0.4, "coverage": 0.6, "diversity": 0.3},
         "training": {"dpo": {"chosen_logps_drift": 0.5, "chosen_length": 20.0, "rewards_margin": 0.8}},
     }
 
@@ -59,22 +59,22 @@ def _changed(changes: dict[str, Any]) -> dict[str, Any]:
 CASES: dict[str, tuple[str, list[dict[str, Any]], list[dict[str, Any]]]] = {
     # signature: (setting, what shows it, what is just short of it)
     "critic_below_gate": (
-        "critic.gate.min",
+        "critic.train.epochs",
         [{"critic.balanced_accuracy": 0.69}, {"critic.gate": {"min": 0.9}}],
         [{"critic.balanced_accuracy": 0.70}, {"critic.gate": {"min": 0.8}}],
     ),
     "yield_collapse": (
-        "rft.threshold",
-        [{"selection.yield": 0.01}, {"selection.coverage": 0.05}, {"selection": {"yield": 0.0}}],
-        [{"selection.yield": 0.06, "selection.coverage": 0.11}],
+        "rft.select.threshold",
+        [{"selection.accept_rate": 0.01}, {"selection.coverage": 0.05}, {"selection": {"accept_rate": 0.0}}],
+        [{"selection.accept_rate": 0.06, "selection.coverage": 0.11}],
     ),
     "diversity_collapse": (
-        "sample.temperature",
+        "rft.sampling.temperature",
         [{"selection.diversity": 0.02}, {"comparisons.3": _row("dpo", "base", "pass@8", -0.03)}],
         [{"selection.diversity": 0.12}, {"comparisons.3": _row("dpo", "base", "pass@8", -0.01)}],
     ),
     "rft_gain_undetectable": (
-        "rft.threshold",
+        "rft.select.threshold",
         [{"comparisons.0": _row("rft", "base", "accuracy", 0.025)}],
         [
             {"comparisons.0": _row("rft", "base", "accuracy", 0.04)},
@@ -91,7 +91,7 @@ CASES: dict[str, tuple[str, list[dict[str, Any]], list[dict[str, Any]]]] = {
         [{"training.dpo.rewards_margin": 0.01}],
     ),
     "chosen_collapse": (
-        "dpo.lam",
+        "dpo.loss.lam",
         [{"training.dpo.chosen_logps_drift": -4.0}],
         [{"training.dpo.chosen_logps_drift": -1.5}],
     ),
@@ -120,7 +120,7 @@ CASES: dict[str, tuple[str, list[dict[str, Any]], list[dict[str, Any]]]] = {
         [{"comparisons.1": _row("dpo", "base", "accuracy", 0.01), "models.dpo.critic_score": _band(5.4)}],
     ),
     "one_register": (
-        "data.registers",
+        "data.mix",
         [
             {
                 "models.dpo.by_register": {"plain": _band(0.6), "chatty": _band(0.3)},

@@ -19,6 +19,7 @@ HELP = """selfcritique: the Self-Critique pipeline for mathematical reasoning
   selfcritique experiment=demo dpo.loss.lam=0.5 seed=1     change any setting
   selfcritique -m experiment=demo seed=0,1,2               sweep; the points share their stages
   selfcritique store ls|gc|pin KEY|unpin KEY [--store DIR] [--all] the artifacts and their disk
+  selfcritique compare 'runs=[outputs/demo/*]' [metric=maj@4]   seeds and experiments side by side
   selfcritique experiment=demo --cfg job     the composed settings
 
 Results: outputs/EXPERIMENT/TIME/ (summary.json, metrics.jsonl, lineage.json). Settings: conf/, documented
@@ -36,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(_help())
         elif words[0] == "store":
             _store(words[1:])
+        elif words[0] == "compare":
+            _compare(words[1:])
         else:
             _hydra(words)
     except UserError as error:
@@ -151,6 +154,23 @@ def _run(run: Any, out: Path) -> None:
     report.write(out, summary, done)
     tracking.finish(summary, report.sample_rows(done))
     report.show(summary, out, console)
+
+
+# ---- several runs ---------------------------------------------------------------------------------------
+
+
+def _compare(words: list[str]) -> None:
+    given = dict(word.partition("=")[::2] for word in words)
+    unknown = sorted(given.keys() - {"runs", "metric", "store"})
+    runs = [pattern.strip() for pattern in given.get("runs", "").strip("[]").split(",") if pattern.strip()]
+    if unknown or not runs:
+        raise UserError(
+            f"compare takes runs=[DIR,...], metric= and store=; found {' '.join(words) or 'nothing'}."
+        )
+    from selfcritique.compare import load_models, markdown
+
+    models = load_models(runs, Path(given.get("store", "store")))
+    print(markdown(models, given.get("metric", "accuracy")))
 
 
 # ---- the store -----------------------------------------------------------------------------------------

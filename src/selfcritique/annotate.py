@@ -161,10 +161,9 @@ def annotate(problem: Problem, response: str) -> Annotation:
     final = extract(response)
     correct = compare(problem.answer, final) is Verdict.correct
     flaws = check_steps(problem, response, correct)
-    lines = [f"{i} ok" if flaw is None else f"{i} wrong: {flaw}" for i, flaw in enumerate(flaws, 1)]
-    lines.append(
-        f"Answer {final or 'none'}, reference {problem.answer}: {'same' if correct else 'different'}"
-    )
+    # The comparison comes first: whoever knows the result is wrong looks for the step that made it so.
+    lines = [f"Answer {final or 'none'}, reference {problem.answer}: {'same' if correct else 'different'}"]
+    lines += [f"{i} ok" if flaw is None else f"{i} wrong: {flaw}" for i, flaw in enumerate(flaws, 1)]
     score = score_of(flaws, correct)
     first = next((i for i, flaw in enumerate(flaws, 1) if flaw is not None), None)
     return Annotation(score, "\n".join([*lines, f"Score: {score}"]), first, len(flaws), correct)
@@ -297,6 +296,16 @@ def corruptions(right: Sequence[tuple[Problem, str]], rate: float, rng: Random) 
             found = corrupt(solved, rng.choice(KINDS), rng)
             if found is not None:
                 made.append((problem, found.text))
+    return made
+
+
+def answers_only(problems: Sequence[Problem], rate: float, rng: Random) -> list[tuple[Problem, str]]:
+    """`rate` responses per problem that only state an answer: half the time its own, else another's."""
+    made = []
+    for problem in problems:
+        for _ in range(int(rate) + (rng.random() < rate % 1)):
+            other = problem if rng.random() < 0.5 else rng.choice(problems)
+            made.append((problem, f"#### {other.answer}"))
     return made
 
 

@@ -6,7 +6,7 @@
     models.NAME.by_register.R         {value, low, high, n} accuracy; by_source.S likewise
     models.NAME.critic_score          {value, low, high} of `evaluate.critic_score_summary`
     data.registers                    registers trained on
-    selection                         yield = accepted share of scored responses; coverage = share of
+    selection                         accept_rate = accepted share of scored responses; coverage = share of
                                       questions with an accepted response; diversity = distinct equation
                                       lists per response at or above the threshold, before de-duplication
     critic                            balanced_accuracy; gate = {min}
@@ -86,7 +86,7 @@ def rft_gain_undetectable(summary: Summary) -> Finding | None:
             return Finding(
                 "rft_gain_undetectable",
                 f"{_points(row)}, below the minimum detectable effect of {100 * row['mde']:.1f}",
-                "rft.threshold",
+                "rft.select.threshold",
                 "See the precision of what was selected: where it is low, raise the threshold or train a "
                 "better critic; where it is high, lower it, enlarge the pool or test on more problems.",
             )
@@ -94,14 +94,14 @@ def rft_gain_undetectable(summary: Summary) -> Finding | None:
 
 
 def yield_collapse(summary: Summary) -> Finding | None:
-    share, coverage = _get(summary, "selection.yield"), _get(summary, "selection.coverage")
+    share, coverage = _get(summary, "selection.accept_rate"), _get(summary, "selection.coverage")
     if (share is None or share >= MIN_YIELD) and (coverage is None or coverage >= MIN_COVERAGE):
         return None
     seen = {"responses accepted": share, "questions with an accepted response": coverage}
     return Finding(
         "yield_collapse",
         ", ".join(f"{name}: {100 * x:.1f} %" for name, x in seen.items() if x is not None),
-        "rft.threshold",
+        "rft.select.threshold",
         "Lower the threshold (see the threshold curve of the critic card), or sample more responses.",
     )
 
@@ -115,7 +115,7 @@ def diversity_collapse(summary: Summary) -> Finding | None:
     return Finding(
         "diversity_collapse",
         evidence,
-        "sample.temperature",
+        "rft.sampling.temperature",
         "Sample hotter, cap accepted responses per question lower, and keep more of the original data in "
         "the RFT mix.",
     )
@@ -128,7 +128,7 @@ def critic_below_gate(summary: Summary) -> Finding | None:
     return Finding(
         "critic_below_gate",
         f"balanced accuracy {value:.3f} on unseen responses, gate {gate:.2f}",
-        "critic.gate.min",
+        "critic.train.epochs",
         "Selection by this critic is close to chance. Train it on more, better balanced responses, or show "
         "it more of the reference; lower the gate only to study what a weak critic does.",
     )
@@ -161,7 +161,7 @@ def chosen_collapse(summary: Summary) -> Finding | None:
         "chosen_collapse",
         f"chosen log-probabilities {drift:+.2f} nats per token from their start while the reward margin "
         f"grew to {margin:.3g}",
-        "dpo.lam",
+        "dpo.loss.lam",
         "Give the SFT term more weight (smaller λ with lam_on=dpo, larger with lam_on=sft), raise β or lower "
         "the learning rate.",
     )
@@ -233,7 +233,7 @@ def one_register(summary: Summary) -> Finding | None:
         "one_register",
         f"{name}: {best} {100 * high['value']:.1f} %, {worst} {100 * low['value']:.1f} %"
         + (f", trained on {', '.join(trained)}" if trained else ""),
-        "data.registers",
+        "data.mix",
         f"Train on problems worded in the register {worst} too.",
     )
 

@@ -117,7 +117,7 @@ class CriticData:
 
 def critic_data(config: CriticData, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
     """What the critic learns from: sampled answers and corruptions of right ones, balanced by band."""
-    from selfcritique.annotate import Marked, annotate, annotator, balance, band, corruptions
+    from selfcritique.annotate import Marked, annotate, annotator, answers_only, balance, band, corruptions
 
     rng = Random(config.seed)
     by_id = {p.id: p for p in load_problems(inputs["problems"], Split.critic_train)}
@@ -137,6 +137,8 @@ def critic_data(config: CriticData, inputs: Inputs, out: Path, progress: Progres
     broken = corruptions(clean, config.data.corruptions, rng)
     marked += [(problem, "", text, annotate(problem, text)) for problem, text in broken]
     chosen = balance(marked, config.data.balance, config.data.max_examples, rng)
+    bare = answers_only(list(by_id.values()), config.data.answers_only, rng)
+    chosen += [(problem, "", text, annotate(problem, text)) for problem, text in bare]
     rows = []
     for problem, response_id, text, annotation in chosen:
         only = rng.random() < config.data.score_only

@@ -1,0 +1,110 @@
+"""Several runs side by side: one Markdown table of accuracies and one of paired differences over seeds.
+
+A model is known by its artifact: what two runs share (a base, an arm) is one model, not two. Runs of the
+first experiment lend plain names; what another experiment trained differently is called `rft@experiment`.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from selfcritique.errors import UserError
+from selfcritique.evaluate import adjust, compare_models, compare_seeds, measure
+
+AGAINST = ("base", "sft", "rft")  # models of the first experiment that the others are compared with
+
+
+@dataclass
+class Model:
+    """A trained model under several seeds: seed -> its evaluation artifact's rows."""
+
+    name: str
+    keys: dict[int, str] = field(default_factory=dict)
+    rows: dict[int, pl.DataFrame] = field(default_factory=dict)
+
+
+def load_models(patterns: Sequence[str], store: Path) -> list[Model]:
+    """The evaluated models of the run directories that the patterns match, in the order given."""
+    models: dict[str, Model] = {}
+    first = ""
+    for folder in _folders(patterns):
+        summary, lineage = (json.loads((folder / f"{n}.json").read_text()) for n in ("summary", "lineage"))
+        first, seed = first or summary["experiment"], summary["seed"]
+        for name in summary["models"]:
+            key = lineage[f"eval_{name}"]["key"]
+            known = any(model.keys.get(seed) == key for model in models.values())
+            label = name if summary["experiment"] == first else f"{name}@{summary['experiment']}"
+            if known:
+                continue
+            model = models.setdefault(label, Model(label))
+            if seed in model.keys:
+                raise UserError(
+                    f"{folder}: {label} with seed {seed} stands in two of the runs with different settings; "
+                    "give runs of one experiment that differ in their seed only, or name one of them anew "
+                    "(name=...)."
+                )
+            path = store / "evaluate" / key / "eval.parquet"
+            if not path.is_file():
+                raise UserError(
+                    f"{folder}: its evaluation {path} is gone; run it again or name its store (store=...)."
+                )
+            model.keys[seed], model.rows[seed] = key, pl.read_parquet(path)
+    return list(models.values())
+
+
+def _folders(patterns: Sequence[str]) -> Iterator[Path]:
+    for pattern in patterns:
+        found = sorted(p for p in map(Path, glob(pattern)) if (p / "summary.json").is_file())
+        if not found:
+            raise UserError(f"compare: no finished run (summary.json) at {pattern}.")
+        yield from found
+
+
+def differences(models: Sequence[Model], metric: str) -> list[dict[str, Any]]:
+    """Every later model against those of AGAINST, over the seeds both have; one Holm-adjusted family."""
+    rows = []
+    for i, b in enumerate(models):
+        for a in models[i + 1 :]:
+            seeds = sorted(set(a.rows) & set(b.rows))
+            if b.name in AGAINST and seeds:
+                over = compare_seeds([a.rows[s] for s in seeds], [b.rows[s] for s in seeds], metric)
+                each = {s: compare_models(a.rows[s], b.rows[s], metric, s) for s in seeds}
+                rows.append({**over, "a": a.name, "b": b.name, "each": each})
+    return adjust(rows)
+
+
+def markdown(models: Sequence[Model], metric: str = "accuracy") -> str:
+    """Both tables; intervals are 95 %, differences in points (hundredths)."""
+    seeds = sorted({seed for model in models for seed in model.rows})
+    head = [*(f"seed {s}" for s in seeds), "mean"]
+    lines = [*_header([f"{metric}, %", *head])]
+    for model in models:
+        values = {s: measure(rows, metric) for s, rows in model.rows.items()}
+        mean = sum(v["value"] for v in values.values()) / len(values)
+        cells = [_interval(values[s], 1) if s in values else "" for s in seeds]
+        lines.append(_line([model.name, *cells, f"{100 * mean:.1f}"]))
+    lines += ["", *_header(["difference, points", *head[:-1], "over seeds", "relative", "p (Holm)"])]
+    for row in differences(models, metric):
+        cells = [_interval(row["each"][s], 1, "+", "delta") if s in row["each"] else "" for s in seeds]
+        relative = "" if row["relative"] is None else f"{100 * row['relative']:+.1f} %"
+        over = _interval(row, 1, "+", "delta")
+        lines.append(_line([f"{row['a']} − {row['b']}", *cells, over, relative, f"{row['p_adjusted']:.2g}"]))
+    return "\n".join(lines)
+
+
+def _interval(row: Mapping[str, Any], digits: int, sign: str = "", value: str = "value") -> str:
+    shown = (f"{100 * row[name]:{sign}.{digits}f}" for name in (value, "low", "high"))
+    return "{} [{}, {}]".format(*shown)
+
+
+def _header(cells: Sequence[str]) -> tuple[str, str]:
+    return _line(cells), _line(["---"] * len(cells))
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
