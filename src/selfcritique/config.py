@@ -31,6 +31,11 @@ def check(owner: object, **faults: bool) -> None:
         raise UserError(f"{type(owner).__name__}: out of range: " + ", ".join(named))
 
 
+def _how(default: Any) -> Any:
+    """A field that changes where things lie or how fast a result is reached: no part of any key."""
+    return field(default=default, metadata={"key": False})
+
+
 class Source(StrEnum):
     word_problems = "word_problems"  # generated (data/word_problems.py)
     gsm8k = "gsm8k"  # path: folder with train.jsonl and test.jsonl, or empty for the hub
@@ -88,7 +93,8 @@ class SourceConfig:
 
     source: Source = Source.word_problems
     weight: float = 1.0  # share of every split, relative to the other sources
-    path: str = ""  # file, folder or empty (hub); its content, not its name, enters the key
+    path: str = _how("")  # file, folder or empty (hub); its content, not its name, enters the key
+    digest: str = ""  # of that content; filled in by the pipeline
     families: list[str] = field(default_factory=list)  # word_problems only; empty: all
     test_families: list[str] = field(default_factory=list)  # families of dev and test; empty: as `families`
     registers: list[str] = field(default_factory=lambda: ["plain", "chatty"])
@@ -166,11 +172,6 @@ class Precision(StrEnum):
     bf16 = "bf16"
 
 
-def _how(default: Any) -> Any:
-    """A field that changes how fast a result is reached, not the result: no part of any key."""
-    return field(default=default, metadata={"key": False})
-
-
 @dataclass
 class TrainerConfig:
     """The machine's side of training: `trainer=cpu|gpu|ddp|fsdp`."""
@@ -243,7 +244,8 @@ class SamplingConfig:
 @dataclass
 class AnnotatorConfig:
     kind: Annotator = Annotator.rules
-    path: str = ""  # kind=file: CSV with response_id and score, optional analysis
+    path: str = _how("")  # kind=file: CSV with response_id and score, optional analysis
+    digest: str = ""  # of that file; filled in by the pipeline
 
     def __post_init__(self) -> None:
         check(self, path=self.kind == Annotator.file and not self.path)

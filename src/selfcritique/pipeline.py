@@ -20,6 +20,8 @@ from selfcritique.config import (
     Restart,
     RunConfig,
     SamplingConfig,
+    SplitsConfig,
+    TrainConfig,
     key_part,
 )
 from selfcritique.errors import UserError
@@ -133,6 +135,7 @@ def build(run: RunConfig) -> Graph:
             name, CARD, stages.Card(run.annotator), problems=problems, responses=responses, scored=scored
         )
 
+    run = g.run = _with_digests(run)
     problems = g.add("problems", PROBLEMS, run.data)
     solutions = None
     if run.model.sft is not None:
@@ -207,11 +210,28 @@ def _checkpoint(g: Graph, name: str, path: str) -> Node:
             f"There is no checkpoint at {folder} (looked for config.json): give a folder with config.json, "
             "*.safetensors and the tokenizer's files, as save_pretrained writes them."
         )
+    return g.add(name, CHECKPOINT, stages.Checkpoint(_digest(folder), folder))
+
+
+def _digest(path: Path) -> str:
+    """Of a file's bytes, or of the names and bytes of a folder's files; a missing one is told of later."""
     digest = hashlib.sha256()
-    for file in sorted(f for f in folder.iterdir() if f.is_file()):
+    files = sorted(f for f in path.iterdir() if f.is_file()) if path.is_dir() else [path]
+    for file in filter(Path.is_file, files):
+        name = "" if file == path else file.name
         with file.open("rb") as data:
-            digest.update(f"{file.name}:{hashlib.file_digest(data, 'sha256').hexdigest()}\n".encode())
-    return g.add(name, CHECKPOINT, stages.Checkpoint(digest.hexdigest()[:16], folder))
+            digest.update(f"{name}:{hashlib.file_digest(data, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _with_digests(run: RunConfig) -> RunConfig:
+    """The run with the contents of the files it names: keys know those, not paths."""
+
+    def known(owner: Any) -> Any:
+        return replace(owner, digest=_digest(Path(owner.path).expanduser())) if owner.path else owner
+
+    data = replace(run.data, mix=[known(source) for source in run.data.mix])
+    return replace(run, data=data, annotator=known(run.annotator))
 
 
 def _evaluation(
@@ -238,6 +258,7 @@ class PlanRow:
     stage: str
     key: str
     hit: bool
+    work: str  # how much there is to do, where the config says so
     bytes: int
     seconds: float | None  # of a hit: what it took; of a miss: the median of this stage in the store
 
@@ -254,8 +275,24 @@ def plan(graph: Graph, store: Store, until: str = "") -> list[PlanRow]:
         found[node.name] = hit
         size = sum(f.stat().st_size for f in hit.path.rglob("*") if f.is_file()) if hit else 0
         seconds = hit.wall_s if hit else past.get(node.stage.name)
-        rows.append(PlanRow(node.name, node.stage.name, node.key, hit is not None, size, seconds))
+        work = _work(node, graph.run.data.splits)
+        rows.append(PlanRow(node.name, node.stage.name, node.key, hit is not None, work, size, seconds))
     return rows
+
+
+def _work(node: Node, splits: SplitsConfig) -> str:
+    if isinstance(node.config, stages.Sample):
+        return f"{_answers(node, splits):,} answers"
+    if isinstance(node.config, stages.Score):
+        return f"{_answers(node.inputs['responses'], splits) * node.config.ask.samples:,} critiques"
+    train = getattr(node.config, "train", None)
+    return f"{train.epochs:g} epochs" if isinstance(train, TrainConfig) else ""
+
+
+def _answers(node: Node, splits: SplitsConfig) -> int:
+    config: stages.Sample = node.config
+    size: int = getattr(splits, config.split.value)
+    return min(size, config.limit or size) * config.sampling.n
 
 
 def _past_seconds(store: Store, names: Iterable[str]) -> dict[str, float]:

@@ -192,12 +192,13 @@ def _comparisons(rows: list[dict[str, Any]]) -> Table:
 def show_plan(rows: list[PlanRow], console: Console) -> None:
     """What a run would do, stage by stage."""
     table = Table(title="Plan: nothing is run", title_justify="left")
-    for column in ("stage", "key", "", "disk", "time"):
+    for column in ("stage", "key", "", "work", "disk", "time"):
         table.add_column(column, no_wrap=True)
     for row in rows:
         time = "?" if row.seconds is None else duration(row.seconds)
         disk = f"{row.bytes / 2**20:.1f} MiB" if row.hit else ""
-        table.add_row(row.name, row.key, "hit" if row.hit else "miss", disk, time if row.hit else f"~{time}")
+        state = "hit" if row.hit else "miss"
+        table.add_row(row.name, row.key, state, row.work, disk, time if row.hit else f"~{time}")
     console.print(table)
     missing = [row for row in rows if not row.hit]
     known = sum(row.seconds or 0.0 for row in missing)
