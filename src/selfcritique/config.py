@@ -267,6 +267,7 @@ class CriticDataConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     corruptions: float = 0.5  # corrupted copies of each sampled answer that is right throughout
     answers_only: float = 0.0  # responses without steps per question, half of them right: teach to compare
+    drills: int = 0  # texts of eight answers each to copy and compare, for models that cannot do it yet
     balance: dict[str, float] = field(default_factory=dict)  # share of each band: low, mid, high, top
     score_only: float = 0.1  # share of examples that teach the logit mode
     max_examples: int = 0  # 0: all that the balance allows

@@ -117,7 +117,16 @@ class CriticData:
 
 def critic_data(config: CriticData, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
     """What the critic learns from: sampled answers and corruptions of right ones, balanced by band."""
-    from selfcritique.annotate import Marked, annotate, annotator, answers_only, balance, band, corruptions
+    from selfcritique.annotate import (
+        Marked,
+        annotate,
+        annotator,
+        answers_only,
+        balance,
+        band,
+        comparisons,
+        corruptions,
+    )
 
     rng = Random(config.seed)
     by_id = {p.id: p for p in load_problems(inputs["problems"], Split.critic_train)}
@@ -153,8 +162,12 @@ def critic_data(config: CriticData, inputs: Inputs, out: Path, progress: Progres
                 "corrupted": response_id == "",
             }
         )
-    _write_examples(rows, out)
     scores = pl.DataFrame(rows).group_by("score").len().sort("score")
+    answers = [p.answer for p in by_id.values()]
+    drills = comparisons(answers, config.data.drills, rng)
+    fields = {"problem_id": "", "response_id": "", "score": None, "corrupted": False}
+    rows += [{**fields, "prompt": prompt, "response": response} for prompt, response in drills]
+    _write_examples(rows, out)
     return {
         "marked": len(marked),
         "examples": len(rows),
