@@ -20,6 +20,7 @@ from selfcritique.config import (
     Restart,
     RunConfig,
     SamplingConfig,
+    content_digest,
     key_part,
 )
 from selfcritique.errors import UserError
@@ -207,11 +208,7 @@ def _checkpoint(g: Graph, name: str, path: str) -> Node:
             f"There is no checkpoint at {folder} (looked for config.json): give a folder with config.json, "
             "*.safetensors and the tokenizer's files, as save_pretrained writes them."
         )
-    digest = hashlib.sha256()
-    for file in sorted(f for f in folder.iterdir() if f.is_file()):
-        with file.open("rb") as data:
-            digest.update(f"{file.name}:{hashlib.file_digest(data, 'sha256').hexdigest()}\n".encode())
-    return g.add(name, CHECKPOINT, stages.Checkpoint(digest.hexdigest()[:16], folder))
+    return g.add(name, CHECKPOINT, stages.Checkpoint(content_digest(path), folder))
 
 
 def _evaluation(
@@ -270,7 +267,8 @@ def _past_seconds(store: Store, names: Iterable[str]) -> dict[str, float]:
 def execute(
     graph: Graph, store: Store, until: str, finished: Callable[[Node, Artifact], None]
 ) -> dict[str, Artifact]:
-    """Every needed stage from the store or run now; `finished` hears of each. Stops at a failed gate."""
+    """Every needed stage from the store or run now; `finished` hears of each. Stops at a failed gate, and
+    where too many critiques have no score."""
     done: dict[str, Artifact] = {}
     needed = graph.needed(until)
     for number, node in enumerate(needed, 1):
@@ -290,9 +288,21 @@ def execute(
         done[node.name] = artifact
         progress.close(f"{'reused' if artifact.cached else 'done'} ({duration(artifact.wall_s)})")
         finished(node, artifact)
+        if node.stage is SCORE:
+            _check_parses(graph.run, node, artifact)
         if node.name in graph.gates:
             _check_gate(graph.run, node, artifact, progress)
     return done
+
+
+def _check_parses(run: RunConfig, node: Node, scored: Artifact) -> None:
+    failures, limit = scored.metrics["parse_failure_rate"], run.critic.ask.max_parse_failures
+    if failures > limit:
+        raise UserError(
+            f"{failures:.0%} of {scored.metrics['critiques']:,} critiques at {node.name} have no readable "
+            f"score (critic.ask.max_parse_failures allows {limit:.0%}). Raise critic.ask.max_tokens, train "
+            f"the critic longer (critic.train.epochs), or look at {scored.path / 'critiques.parquet'}."
+        )
 
 
 def _check_gate(run: RunConfig, node: Node, card: Artifact, progress: Progress) -> None:
