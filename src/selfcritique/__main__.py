@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from selfcritique.errors import UserError
@@ -79,9 +80,12 @@ def _hydra(words: list[str]) -> None:
     from selfcritique.config import register
 
     register()
-    sys.argv = ["selfcritique", *words]
     try:
-        hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(_point)()
+        with TemporaryDirectory() as nowhere:
+            if "plan=true" in words:  # Hydra makes the output folders before it calls anyone
+                words = [*words, f"hydra.run.dir={nowhere}", f"hydra.sweep.dir={nowhere}"]
+            sys.argv = ["selfcritique", *words]
+            hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(_point)()
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error)) from None
 
@@ -130,7 +134,7 @@ def _run(run: Any, out: Path) -> None:
     from omegaconf import OmegaConf
     from rich.console import Console
 
-    from selfcritique.artifacts import Store, code_version
+    from selfcritique.artifacts import Store, code_version, full_disk_is_user_error
     from selfcritique.pipeline import build, execute, plan
 
     console = Console(width=max(100, Console().width))
@@ -143,16 +147,19 @@ def _run(run: Any, out: Path) -> None:
     from selfcritique import report
     from selfcritique.tracker import Tracking
 
-    out.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.structured(run), out / "config.yaml")
-    tracking = Tracking(run, out)
-    start = time.monotonic()
-    done = execute(
-        graph, store, run.until, lambda node, a: tracking.log(node.name, report.training_rows(node.name, a))
-    )
-    summary = report.summarise(run, graph, done, code_version(), time.monotonic() - start)
-    report.write(out, summary, done)
-    tracking.finish(summary, report.sample_rows(done))
+    with full_disk_is_user_error(out):
+        out.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(OmegaConf.structured(run), out / "config.yaml")
+        tracking = Tracking(run, out)
+        start = time.monotonic()
+
+        def finished(node: Any, artifact: Any) -> None:
+            tracking.log(node.name, report.training_rows(node.name, artifact))
+
+        done = execute(graph, store, run.until, finished)
+        summary = report.summarise(run, graph, done, code_version(), time.monotonic() - start)
+        report.write(out, summary, done)
+        tracking.finish(summary, report.sample_rows(done))
     report.show(summary, out, console)
 
 

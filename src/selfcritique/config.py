@@ -6,6 +6,7 @@ stands in the part of the one stage it changes. Each class checks itself in `__p
 every fault at once.
 """
 
+import hashlib
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -34,6 +35,11 @@ def check(owner: object, **faults: bool) -> None:
 def _how(default: Any) -> Any:
     """A field that changes where things lie or how fast a result is reached: no part of any key."""
     return field(default=default, metadata={"key": False})
+
+
+def _content(default: str) -> Any:
+    """A file or folder whose content, not its name, enters the key."""
+    return field(default=default, metadata={"content": True})
 
 
 class Source(StrEnum):
@@ -93,8 +99,7 @@ class SourceConfig:
 
     source: Source = Source.word_problems
     weight: float = 1.0  # share of every split, relative to the other sources
-    path: str = _how("")  # file, folder or empty (hub); its content, not its name, enters the key
-    digest: str = ""  # of that content; filled in by the pipeline
+    path: str = _content("")  # file, folder or empty (hub)
     families: list[str] = field(default_factory=list)  # word_problems only; empty: all
     test_families: list[str] = field(default_factory=list)  # families of dev and test; empty: as `families`
     registers: list[str] = field(default_factory=lambda: ["plain", "chatty"])
@@ -244,8 +249,7 @@ class SamplingConfig:
 @dataclass
 class AnnotatorConfig:
     kind: Annotator = Annotator.rules
-    path: str = _how("")  # kind=file: CSV with response_id and score, optional analysis
-    digest: str = ""  # of that file; filled in by the pipeline
+    path: str = _content("")  # kind=file: CSV with response_id and score, optional analysis
 
     def __post_init__(self) -> None:
         check(self, path=self.kind == Annotator.file and not self.path)
@@ -282,7 +286,7 @@ class AskConfig:
     samples: int = 1  # critiques per response; the score is the mean of those that parse
     temperature: float = 0.0
     max_tokens: int = 96
-    max_parse_failures: float = 0.2  # a run with a larger share stops
+    max_parse_failures: float = _how(0.2)  # a run with a larger share stops
 
     def __post_init__(self) -> None:
         check(self, samples=self.samples < 1, max_parse_failures=not 0 <= self.max_parse_failures <= 1)
@@ -514,7 +518,12 @@ def key_part(config: Any) -> Any:
     """What of a config enters an artifact's key, as JSON data: all but what only changes speed."""
     if is_dataclass(config):
         kept = (f for f in fields(config) if f.metadata.get("key", True))
-        return {f.name: key_part(getattr(config, f.name)) for f in kept}
+        return {
+            f.name: content_digest(getattr(config, f.name))
+            if f.metadata.get("content")
+            else key_part(getattr(config, f.name))
+            for f in kept
+        }
     if isinstance(config, dict):
         return {str(name): key_part(value) for name, value in config.items()}
     if isinstance(config, list | tuple):
@@ -524,6 +533,19 @@ def key_part(config: Any) -> Any:
     if isinstance(config, Path):
         raise TypeError("A path is no part of a key; use a digest of its content.")
     return config
+
+
+def content_digest(path: str) -> str:
+    """16 hex digits of a file, or of a folder's files and their names; '' for no path or nothing there."""
+    place = Path(path).expanduser()
+    if not path or not place.exists():
+        return ""
+    digest = hashlib.sha256()
+    for file in sorted(f for f in place.iterdir() if f.is_file()) if place.is_dir() else [place]:
+        with file.open("rb") as data:
+            name = file.name if place.is_dir() else ""
+            digest.update(f"{name}:{hashlib.file_digest(data, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def field_names(owner: type, path: list[str]) -> list[str]:

@@ -22,6 +22,7 @@ from selfcritique.config import (
     SamplingConfig,
     SplitsConfig,
     TrainConfig,
+    content_digest,
     key_part,
 )
 from selfcritique.errors import UserError
@@ -135,7 +136,6 @@ def build(run: RunConfig) -> Graph:
             name, CARD, stages.Card(run.annotator), problems=problems, responses=responses, scored=scored
         )
 
-    run = g.run = _with_digests(run)
     problems = g.add("problems", PROBLEMS, run.data)
     solutions = None
     if run.model.sft is not None:
@@ -210,28 +210,7 @@ def _checkpoint(g: Graph, name: str, path: str) -> Node:
             f"There is no checkpoint at {folder} (looked for config.json): give a folder with config.json, "
             "*.safetensors and the tokenizer's files, as save_pretrained writes them."
         )
-    return g.add(name, CHECKPOINT, stages.Checkpoint(_digest(folder), folder))
-
-
-def _digest(path: Path) -> str:
-    """Of a file's bytes, or of the names and bytes of a folder's files; a missing one is told of later."""
-    digest = hashlib.sha256()
-    files = sorted(f for f in path.iterdir() if f.is_file()) if path.is_dir() else [path]
-    for file in filter(Path.is_file, files):
-        name = "" if file == path else file.name
-        with file.open("rb") as data:
-            digest.update(f"{name}:{hashlib.file_digest(data, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()[:16]
-
-
-def _with_digests(run: RunConfig) -> RunConfig:
-    """The run with the contents of the files it names: keys know those, not paths."""
-
-    def known(owner: Any) -> Any:
-        return replace(owner, digest=_digest(Path(owner.path).expanduser())) if owner.path else owner
-
-    data = replace(run.data, mix=[known(source) for source in run.data.mix])
-    return replace(run, data=data, annotator=known(run.annotator))
+    return g.add(name, CHECKPOINT, stages.Checkpoint(content_digest(path), folder))
 
 
 def _evaluation(
@@ -307,7 +286,8 @@ def _past_seconds(store: Store, names: Iterable[str]) -> dict[str, float]:
 def execute(
     graph: Graph, store: Store, until: str, finished: Callable[[Node, Artifact], None]
 ) -> dict[str, Artifact]:
-    """Every needed stage from the store or run now; `finished` hears of each. Stops at a failed gate."""
+    """Every needed stage from the store or run now; `finished` hears of each. Stops at a failed gate, and
+    where too many critiques have no score."""
     done: dict[str, Artifact] = {}
     needed = graph.needed(until)
     for number, node in enumerate(needed, 1):
@@ -327,9 +307,21 @@ def execute(
         done[node.name] = artifact
         progress.close(f"{'reused' if artifact.cached else 'done'} ({duration(artifact.wall_s)})")
         finished(node, artifact)
+        if node.stage is SCORE:
+            _check_parses(graph.run, node, artifact)
         if node.name in graph.gates:
             _check_gate(graph.run, node, artifact, progress)
     return done
+
+
+def _check_parses(run: RunConfig, node: Node, scored: Artifact) -> None:
+    failures, limit = scored.metrics["parse_failure_rate"], run.critic.ask.max_parse_failures
+    if failures > limit:
+        raise UserError(
+            f"{failures:.0%} of {scored.metrics['critiques']:,} critiques at {node.name} have no readable "
+            f"score (critic.ask.max_parse_failures allows {limit:.0%}). Raise critic.ask.max_tokens, train "
+            f"the critic longer (critic.train.epochs), or look at {scored.path / 'critiques.parquet'}."
+        )
 
 
 def _check_gate(run: RunConfig, node: Node, card: Artifact, progress: Progress) -> None:

@@ -130,6 +130,10 @@ def _percent(interval: Mapping[str, Any] | None) -> str:
     return f"{100 * interval['value']:.1f} % [{100 * interval['low']:.1f}, {100 * interval['high']:.1f}]"
 
 
+def _decimal(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}"
+
+
 def show(summary: Mapping[str, Any], out: Path, console: Console) -> None:
     """The results: accuracies, comparisons, the critic, what was selected, what to change."""
     models = Table(title=f"{summary['experiment']}, seed {summary['seed']}", title_justify="left")
@@ -147,8 +151,8 @@ def show(summary: Mapping[str, Any], out: Path, console: Console) -> None:
     if critic:
         console.print(
             f"Critic on {critic['n']:,} unseen responses: "
-            f"balanced accuracy {critic['balanced_accuracy']:.3f}, AUROC {critic['auroc']:.3f}, "
-            f"F1 {critic['f1']:.3f}, parse failures {100 * critic['parse_failure_rate']:.1f} %."
+            f"balanced accuracy {_decimal(critic['balanced_accuracy'])}, AUROC {_decimal(critic['auroc'])}, "
+            f"F1 {_decimal(critic['f1'])}, parse failures {100 * critic['parse_failure_rate']:.1f} %."
         )
     for part in ("selection", "pairs"):
         if part in summary:

@@ -186,7 +186,8 @@ def rft_data(config: RftData, inputs: Inputs, out: Path, progress: Progress) -> 
     """Accepted responses of every round so far, with copies of the original SFT data mixed in."""
     by_id = {p.id: p for p in load_problems(inputs["problems"])}
     rows = []
-    for role in sorted(r for r in inputs if r.startswith("selected")):
+    selections = sorted(r for r in inputs if r.startswith("selected"))
+    for role in selections:
         chosen = (
             pl.scan_parquet(inputs[role].path / "selected.parquet").filter("selected").select("response_id")
         )
@@ -197,9 +198,10 @@ def rft_data(config: RftData, inputs: Inputs, out: Path, progress: Progress) -> 
         rows += [_solution(config.style, by_id[p], text, r) for p, r, text in accepted.collect().iter_rows()]
     n_accepted = len(rows)
     if not n_accepted:
+        reasons = _counts(pl.scan_parquet([inputs[r].path / "selected.parquet" for r in selections]))
         raise UserError(
-            "RFT has nothing to train on: no response was selected. See the reasons in `selection`; "
-            "lower rft.select.threshold or raise rft.sampling.n."
+            f"RFT has nothing to train on: no response was selected ({reasons}). Lower rft.select.threshold, "
+            "raise rft.sampling.n or train a better critic."
         )
     if "original" in inputs and config.mix > 0:
         original = pl.read_parquet(inputs["original"].path / "examples.parquet").to_dicts()
@@ -517,12 +519,6 @@ def score(config: Score, inputs: Inputs, out: Path, progress: Progress) -> Metri
     )
     scored.write_parquet(out / "scored.parquet")
     failures = critiques["score"].null_count() / max(critiques.height, 1)
-    if failures > ask.max_parse_failures:
-        raise UserError(
-            f"{failures:.0%} of the critiques have no readable score (critic.ask.max_parse_failures allows "
-            f"{ask.max_parse_failures:.0%}); raise critic.ask.max_tokens, train the critic longer, or look "
-            f"at {out / 'critiques.parquet'}."
-        )
     mean = critiques["score"].mean()
     return {"critiques": critiques.height, "parse_failure_rate": failures, "mean_score": mean}
 
@@ -627,14 +623,20 @@ def pairs(config: Pairs, inputs: Inputs, out: Path, progress: Progress) -> Metri
     pool = _pool(inputs)
     built = build_pairs(pool, config.build, config.seed).collect()
     built.write_parquet(out / "pairs.parquet")
-    pair_reasons(pool, built.lazy(), config.build).collect().write_parquet(out / "reasons.parquet")
-    report = pairs_report(pool, built.lazy())
+    reasons = pair_reasons(pool, built.lazy(), config.build).collect()
+    reasons.write_parquet(out / "reasons.parquet")
     if not built.height:
         raise UserError(
-            f"No pair could be built from {report}: lower pairs.build.margin or pairs.build.threshold, "
-            "or raise pairs.sampling.n."
+            f"No pair could be built from {reasons.height:,} responses ({_counts(reasons.lazy())}). Lower "
+            "pairs.build.margin, set pairs.build.threshold between the scores, or raise pairs.sampling.n."
         )
-    return report
+    return pairs_report(pool, built.lazy())
+
+
+def _counts(rows: pl.LazyFrame) -> str:
+    """How many rows have each `reason`, most first."""
+    counts = rows.group_by("reason").len().sort("len", "reason", descending=[True, False]).collect()
+    return ", ".join(f"{n:,} {reason}" for reason, n in counts.iter_rows())
 
 
 # ---- evaluation ----------------------------------------------------------------------------------------
