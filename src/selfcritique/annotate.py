@@ -316,11 +316,12 @@ def answers_only(problems: Sequence[Problem], rate: float, rng: Random) -> list[
     return made
 
 
-def comparisons(answers: Sequence[str], n: int, rng: Random) -> list[tuple[str, str]]:
-    """`n` drills, (prompt, response): pairs of answers to copy and compare, half of them the same."""
+def comparisons(largest: int, n: int, rng: Random) -> list[tuple[str, str]]:
+    """`n` drills, (prompt, response): pairs of numbers to copy and compare, half of them the same."""
     drills = []
+    numbers = range(1, largest + 1)
     for _ in range(n):
-        pairs = [(a, a if rng.random() < 0.5 else rng.choice(answers)) for a in rng.choices(answers, k=8)]
+        pairs = [(a, a if rng.random() < 0.5 else rng.choice(numbers)) for a in rng.choices(numbers, k=8)]
         lines = [f"Answer {a}, reference {b}: {'same' if a == b else 'different'}" for a, b in pairs]
         drills.append(("Compare\n" + "\n".join(f"{a} {b}" for a, b in pairs), "\n".join(lines)))
     return drills

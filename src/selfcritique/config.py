@@ -206,9 +206,15 @@ class TinyConfig:
     hidden_size: int = 96
     intermediate_size: int = 256
     layers: int = 3
+    drills: float = 0.1  # texts of eight numbers to copy and compare, per reference solution
 
     def __post_init__(self) -> None:
-        check(self, hidden_size=self.hidden_size % 32 != 0 or self.hidden_size < 32, layers=self.layers < 1)
+        check(
+            self,
+            hidden_size=self.hidden_size % 32 != 0 or self.hidden_size < 32,
+            layers=self.layers < 1,
+            drills=self.drills < 0,
+        )
 
 
 @dataclass
@@ -271,7 +277,6 @@ class CriticDataConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     corruptions: float = 0.5  # corrupted copies of each sampled answer that is right throughout
     answers_only: float = 0.0  # responses without steps per question, half of them right: teach to compare
-    drills: int = 0  # texts of eight answers each to copy and compare, for models that cannot do it yet
     balance: dict[str, float] = field(default_factory=dict)  # share of each band: low, mid, high, top
     score_only: float = 0.1  # share of examples that teach the logit mode
     max_examples: int = 0  # 0: all that the balance allows

@@ -199,7 +199,7 @@ def _base(g: Graph, problems: Node, solutions: Node | None) -> Node:
         return g.add("base", SFT, stages.Sft(run.model.sft, run.trainer, 0), model=start, examples=solutions)
     assert run.model.sft is not None and solutions is not None
     numbers = max(source.limit for source in run.data.mix)
-    config = stages.TinyBase(run.model.tiny, 3 * numbers, run.model.sft, run.trainer, 0)
+    config = stages.TinyBase(run.model.tiny, numbers, run.model.sft, run.trainer, 0)
     return g.add("base", TINY_BASE, config, examples=solutions)
 
 

@@ -124,7 +124,6 @@ def critic_data(config: CriticData, inputs: Inputs, out: Path, progress: Progres
         answers_only,
         balance,
         band,
-        comparisons,
         corruptions,
     )
 
@@ -163,10 +162,6 @@ def critic_data(config: CriticData, inputs: Inputs, out: Path, progress: Progres
             }
         )
     scores = pl.DataFrame(rows).group_by("score").len().sort("score")
-    answers = [p.answer for p in by_id.values()]
-    drills = comparisons(answers, config.data.drills, rng)
-    fields = {"problem_id": "", "response_id": "", "score": None, "corrupted": False}
-    rows += [{**fields, "prompt": prompt, "response": response} for prompt, response in drills]
     _write_examples(rows, out)
     return {
         "marked": len(marked),
@@ -261,21 +256,27 @@ def _prompt(content: str) -> Prompt:
 @dataclass
 class TinyBase:
     tiny: TinyConfig
-    numbers: int  # largest number that is one token
+    numbers: int  # largest in the problems; up to three times as much is one token
     train: TrainConfig
     trainer: TrainerConfig
     seed: int
 
 
 def tiny_base(config: TinyBase, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
-    """The embedded default: tokenizer and model made here, trained on the reference solutions."""
-    from selfcritique.annotate import VOCABULARY
+    """The embedded default: tokenizer and model made here, trained on the reference solutions.
+
+    Beside them it learns to copy and compare numbers, as any pretrained model can: a critic that has to
+    learn this too needs several times the training.
+    """
+    from selfcritique.annotate import VOCABULARY, comparisons
     from selfcritique.train.tiny import build_tokenizer, save_tiny
 
-    rows = pl.read_parquet(inputs["examples"].path / "examples.parquet")
+    rows = pl.read_parquet(inputs["examples"].path / "examples.parquet").select("prompt", "response")
+    drills = comparisons(config.numbers, round(config.tiny.drills * rows.height), Random(config.seed))
+    rows = pl.concat([rows, pl.DataFrame(drills, schema=rows.schema, orient="row")])
     init = out / "scratch" / "init"
     if not (init / "config.json").exists():
-        tokenizer = build_tokenizer([*rows["prompt"], *rows["response"]], VOCABULARY, config.numbers)
+        tokenizer = build_tokenizer([*rows["prompt"], *rows["response"]], VOCABULARY, 3 * config.numbers)
         save_tiny(config.tiny, tokenizer, config.seed, init)
     return _fit_sft(config.train, config.trainer, init, rows, out, config.seed, progress)
 
