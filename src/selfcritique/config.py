@@ -178,11 +178,19 @@ def _how(default: Any) -> Any:
     return field(default=default, metadata={"key": False})
 
 
+class Strategy(StrEnum):
+    single = "single"
+    ddp = "ddp"  # a replica per process
+    fsdp = "fsdp"  # weights, gradients and optimiser state in shards (FSDP2)
+
+
 @dataclass
 class TrainerConfig:
     """The machine's side of training: `trainer=cpu|gpu|ddp|fsdp`."""
 
     accelerator: Accelerator = _how(Accelerator.cpu)
+    strategy: Strategy = _how(Strategy.single)
+    processes: int = _how(1)  # of ddp and fsdp
     precision: Precision = Precision.fp32
     micro_tokens: int = _how(4096)  # padded tokens per forward; larger batches are accumulated
     gradient_checkpointing: bool = _how(False)
@@ -195,6 +203,7 @@ class TrainerConfig:
             self,
             micro_tokens=self.micro_tokens < 1,
             loader_workers=self.loader_workers < 0,
+            processes=self.processes < 1 or (self.strategy is Strategy.single and self.processes > 1),
             max_length=self.max_length < 2,
         )
 

@@ -70,7 +70,8 @@ class Step(NamedTuple):
 
     micros: list[Any]  # TokenBatch (SFT), or TokenBatch and reference log-probs (2, pairs) (DPO)
     whole: Denominators
-    tokens: int  # of prompts and responses, padding not counted
+    tokens: int  # of prompts and responses of the global batch, padding not counted
+    idle: int = 0  # last micro-batches that do not count: every process runs as many
 
 
 def collate(sequences: Sequence[tuple[list[int], list[int]]], pad_id: int) -> TokenBatch:
@@ -129,3 +130,16 @@ def micro_batches(
         else:
             groups.append([i])
     return groups
+
+
+def micro_batches_of(
+    rank: int, processes: int, indices: Sequence[int], lengths: Sequence[int], budget: int, rows: int = 1
+) -> tuple[list[list[int]], int]:
+    """One process's share of a global batch, and how many micro-batches at its end are idle.
+
+    Every process takes an equal share of each length, and all run equally many micro-batches.
+    """
+    by_length = sorted(indices, key=lambda i: -lengths[i])
+    shares = [micro_batches(by_length[r::processes], lengths, budget, rows) for r in range(processes)]
+    idle = max(map(len, shares)) - len(shares[rank])
+    return shares[rank] + [[by_length[-1]]] * idle, idle

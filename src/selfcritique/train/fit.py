@@ -20,13 +20,16 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import ModelParallelStrategy
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed import is_torchelastic_launched
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader, Dataset
 
 from selfcritique.artifacts import full_disk_is_user_error
-from selfcritique.config import DpoLossConfig, Precision, TrainConfig, TrainerConfig
+from selfcritique.config import DpoLossConfig, Precision, Strategy, TrainConfig, TrainerConfig
 from selfcritique.errors import UserError
 from selfcritique.train.batch import (
     Schedule,
@@ -36,7 +39,9 @@ from selfcritique.train.batch import (
     TokenPair,
     collate,
     micro_batches,
+    micro_batches_of,
 )
+from selfcritique.train.launch import in_processes
 from selfcritique.train.loss import Denominators
 from selfcritique.train.model import checkpoint_layers, load_model, save_model, token_logps
 from selfcritique.train.modules import DpoModule, NotFinite, Row, SftModule, _Module, last_means
@@ -77,6 +82,9 @@ def fit_sft(
     progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:
     """Train on `examples`; returns steps, tokens, speed, final loss and what was dropped."""
+    if trainer.processes > 1 and not is_torchelastic_launched():
+        arguments = (train, trainer, model_dir, examples, out, seed)
+        return in_processes("fit_sft", arguments, trainer.processes, out / "scratch", progress)
     kept = [e for e in examples if e.length <= trainer.max_length]
     if not kept:
         raise UserError(
@@ -85,10 +93,10 @@ def fit_sft(
     lengths = [e.length for e in kept]
 
     def make(indices: list[int]) -> Step:
-        groups = micro_batches(indices, lengths, trainer.micro_tokens)
+        groups, idle = micro_batches_of(*_rank(trainer), indices, lengths, trainer.micro_tokens)
         micros = [collate([(kept[i].prompt_ids, kept[i].response_ids) for i in g], 0) for g in groups]
         whole = Denominators(len(indices), sum(len(kept[i].response_ids) for i in indices))
-        return Step(micros, whole, sum(lengths[i] for i in indices))
+        return Step(micros, whole, sum(lengths[i] for i in indices), idle)
 
     schedule = Schedule(lengths, train.batch_size, train.epochs, seed)
     report = _fit(SftModule, {}, train, trainer, model_dir, schedule, make, out, seed, progress)
@@ -107,6 +115,9 @@ def fit_dpo(
     progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:
     """Train on `pairs` with the merged loss against precomputed reference log-probs."""
+    if trainer.processes > 1 and not is_torchelastic_launched():
+        whole = (train, loss, trainer, model_dir, pairs, reference, out, seed)
+        return in_processes("fit_dpo", whole, trainer.processes, out / "scratch", progress)
     kept = [i for i, pair in enumerate(pairs) if pair.length <= trainer.max_length]
     if not kept:
         raise UserError(
@@ -116,12 +127,13 @@ def fit_dpo(
 
     def make(indices: list[int]) -> Step:
         micros = []
-        for group in micro_batches(indices, lengths, trainer.micro_tokens, rows=2):
+        groups, idle = micro_batches_of(*_rank(trainer), indices, lengths, trainer.micro_tokens, rows=2)
+        for group in groups:
             members = [kept[i] for i in group]
             micros.append((_pair_batch([pairs[i] for i in members]), reference.sums[:, members]))
         members = [kept[i] for i in indices]
         whole = Denominators(len(members), sum(len(pairs[i].chosen_ids) for i in members))
-        return Step(micros, whole, sum(pairs[i].tokens for i in members))
+        return Step(micros, whole, sum(pairs[i].tokens for i in members), idle)
 
     schedule = Schedule(lengths, train.batch_size, train.epochs, seed)
     _check_reference(trainer, model_dir, [kept[i] for i in schedule[0]], pairs, reference)
@@ -217,6 +229,11 @@ def _check_reference(
 # ---- the loop ------------------------------------------------------------------------------------------
 
 
+def _rank(trainer: TrainerConfig) -> tuple[int, int]:
+    """This process among those of one fit, and their number."""
+    return int(os.environ["RANK"]) if trainer.processes > 1 else 0, trainer.processes
+
+
 def _device(trainer: TrainerConfig) -> torch.device:
     gpu = trainer.accelerator == "gpu" or (trainer.accelerator == "auto" and torch.cuda.is_available())
     return torch.device("cuda" if gpu else "cpu")
@@ -240,7 +257,7 @@ def _fit(
         checkpoint_layers(model)
     scratch = out / "scratch"
     scratch.mkdir(parents=True, exist_ok=True)
-    with closing(_State(scratch / _STATE, scratch / _ROWS, trainer.checkpoint_every_s)) as state:
+    with closing(_State(scratch, _rank(trainer)[0], trainer.checkpoint_every_s)) as state:
         state.restore_weights(model)
 
         def report(row: Row, tokens: int) -> None:
@@ -260,17 +277,29 @@ def _fit(
                 _lightning(trainer, state).fit(module, steps)
         except NotFinite as error:
             last_good = scratch / "last_good"
-            with full_disk_is_user_error(last_good):
-                save_model(model, model_dir, last_good)
+            _save(model, state, trainer, model_dir, last_good)
             raise UserError(
                 f"Training stopped: {error} of {len(schedule)}. The weights before it are in {last_good}. "
                 "Lower lr or grad_clip of this stage, or look at its data."
             ) from None
-    with full_disk_is_user_error(out):
-        save_model(model, model_dir, out)
-        shutil.copyfile(scratch / _ROWS, out / _ROWS)
+    _save(model, state, trainer, model_dir, out)
+    if _rank(trainer)[0] == 0:
+        with full_disk_is_user_error(out):
+            shutil.copyfile(scratch / _ROWS, out / _ROWS)
     speed = {"tokens": state.tokens, "tokens_per_s": state.tokens / max(state.seconds, 1e-9)}
     return {"steps": state.done, **speed} | last_means(state.rows, ("loss", *DPO_FIGURES))
+
+
+def _save(model: Any, state: "_State", trainer: TrainerConfig, model_dir: Path, out: Path) -> None:
+    """The model as a plain checkpoint; of several processes the first takes it from the state."""
+    rank, processes = _rank(trainer)
+    if rank > 0:
+        return
+    if processes > 1:
+        model = load_model(model_dir, _DTYPES.get(trainer.precision, torch.float32))
+        state.restore_weights(model)
+    with full_disk_is_user_error(out):
+        save_model(model, model_dir, out)
 
 
 def _lightning(trainer: TrainerConfig, state: "_State") -> pl.Trainer:
@@ -279,7 +308,8 @@ def _lightning(trainer: TrainerConfig, state: "_State") -> pl.Trainer:
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     return pl.Trainer(
         accelerator=trainer.accelerator.value,
-        devices=1,
+        devices=trainer.processes,
+        strategy=_strategy(trainer),
         precision=_LIGHTNING[trainer.precision],  # type: ignore[arg-type]
         max_epochs=1,
         callbacks=[state],
@@ -292,18 +322,27 @@ def _lightning(trainer: TrainerConfig, state: "_State") -> pl.Trainer:
     )
 
 
+def _strategy(trainer: TrainerConfig) -> Any:
+    if trainer.strategy is Strategy.fsdp:
+        return ModelParallelStrategy(data_parallel_size=trainer.processes, tensor_parallel_size=1)
+    return "ddp" if trainer.strategy is Strategy.ddp else "auto"
+
+
 class _State(pl.Callback):
     """Rows of the steps done, and now and then everything needed to go on from one of them."""
 
-    def __init__(self, path: Path, rows_path: Path, every_s: float) -> None:
-        self.path, self.every_s = path, every_s
+    def __init__(self, scratch: Path, rank: int, every_s: float) -> None:
+        self.path, self.rank, self.every_s = scratch / _STATE, rank, every_s
+        rows_path = scratch / _ROWS
         self.done, self.tokens, self.seconds = 0, 0, 0.0
         self.rows: list[Row] = []
-        if path.exists():
-            with safe_open(path, "pt") as file:
+        if self.path.exists():
+            with safe_open(self.path, "pt") as file:
                 about = json.loads(file.metadata()["about"])
             self.done, self.tokens, self.seconds = about["done"], about["tokens"], about["seconds"]
             self.rows = [json.loads(line) for line in rows_path.read_text().splitlines()[: self.done]]
+        if rank > 0:
+            rows_path = rows_path.with_suffix(f".{rank}")
         aside = rows_path.with_suffix(".aside")  # what an interrupted fit wrote after its state goes
         aside.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         os.replace(aside, rows_path)
@@ -331,9 +370,18 @@ class _State(pl.Callback):
             for name, parameter in module.model.named_parameters():
                 if f"step.{name}" in saved:
                     optimizer.state[parameter] = {
-                        field: file.get_tensor(f"{field}.{name}").to(parameter.device)
+                        field: _like(parameter, file.get_tensor(f"{field}.{name}"))
                         for field in ("step", "exp_avg", "exp_avg_sq")
                     }
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Of several processes, the first takes the result from here."""
+        if trainer.world_size > 1:
+            self._save(module)
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, error: BaseException) -> None:
+        if isinstance(error, NotFinite) and trainer.world_size > 1:
+            self._save(module)
 
     def keep(self, row: Row, tokens: int, module: _Module) -> None:
         """Note a finished step; every `every_s` seconds save the state."""
@@ -344,17 +392,23 @@ class _State(pl.Callback):
         row = {"step": self.done, **row}
         self.rows.append(row)
         self.file.write(json.dumps(row) + "\n")
-        if now - self.saved_at >= self.every_s:
+        due = torch.tensor(float(now - self.saved_at >= self.every_s), device=module.device)
+        if module.trainer.world_size > 1:
+            torch.distributed.broadcast(due, 0)
+        if due:
             self._save(module)
 
-    def _save(self, module: _Module) -> None:
+    def _save(self, module: Any) -> None:
         """Everything of this step in one file, whole or not at all."""
         optimizer: Any = module.optimizers()
         tensors = {"rng": torch.get_rng_state()}
         for name, parameter in module.model.named_parameters():
-            tensors[f"model.{name}"] = parameter.detach()
+            tensors[f"model.{name}"] = _whole(parameter.detach())
             for field, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"{field}.{name}"] = value
+                tensors[f"{field}.{name}"] = _whole(value)
+        self.saved_at = time.monotonic()
+        if self.rank > 0:
+            return
         about = {"done": self.done, "tokens": self.tokens, "seconds": self.seconds}
         with full_disk_is_user_error(self.path):
             self.file.flush()
@@ -362,7 +416,19 @@ class _State(pl.Callback):
             aside = self.path.with_suffix(".aside")
             save_file(tensors, aside, metadata={"about": json.dumps(about)})
             os.replace(aside, self.path)
-        self.saved_at = time.monotonic()
 
     def close(self) -> None:
         self.file.close()
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be in shards; every process must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(parameter: Tensor, value: Tensor) -> Tensor:
+    """`value` where, and in the shards in which, `parameter` is."""
+    value = value.to(parameter.device)
+    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    return value

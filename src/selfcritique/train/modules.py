@@ -2,11 +2,16 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import MethodType
 from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from selfcritique.config import DpoLossConfig, Schedule, SftNorm, TrainConfig
 from selfcritique.errors import UserError
@@ -42,7 +47,22 @@ class _Module(pl.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.model, self.config, self.steps, self.report = model, config, steps, report
+        self.score: Callable[[TokenBatch], Tensor] = partial(token_logps, model)
         self.done = start
+
+    def configure_model(self) -> None:
+        """Under FSDP2, cut the model into shards, layer by layer."""
+        if self.device_mesh is None or isinstance(next(self.model.parameters()), DTensor):
+            return
+        mesh = self.device_mesh["data_parallel"]
+        for layer in self.model.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                fully_shard(layer, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+        # The head runs outside the model's own forward, which is where shards would be gathered.
+        self.model.token_logps = MethodType(token_logps, self.model)
+        register_fsdp_forward_method(self.model, "token_logps")
+        self.score = self.model.token_logps
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         c = self.config
@@ -68,13 +88,20 @@ class _Module(pl.LightningModule):
             group["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
         total: dict[str, Tensor] = {}
-        for micro in batch.micros:
+        processes = self.trainer.world_size
+        for number, micro in enumerate(batch.micros):
+            counts = number < len(batch.micros) - batch.idle
             loss, figures = self.micro_loss(micro, batch.whole)
-            self.manual_backward(loss)
+            self.manual_backward(loss * (processes * counts))  # strategies average over processes
             for name, value in {"loss": loss, **figures}.items():
-                total[name] = total.get(name, torch.zeros(())) + value.detach()
+                total[name] = total.get(name, torch.zeros(())) + value.detach() * counts
+        if processes > 1:
+            sums = torch.stack(list(total.values()))
+            torch.distributed.all_reduce(sums)
+            total = dict(zip(total, sums, strict=True))
         limit = self.config.grad_clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        norm: Any = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         row = {name: value.item() for name, value in total.items()} | {"grad_norm": norm.item(), "lr": lr}
         bad = [name for name in ("loss", "grad_norm") if not math.isfinite(row[name])]
         if bad:  # before the optimiser moves: the weights are still those of the last good step
@@ -97,13 +124,13 @@ class SftModule(_Module):
     DROPOUT = True
 
     def micro_loss(self, micro: TokenBatch, whole: Denominators) -> tuple[Tensor, Mapping[str, Tensor]]:
-        logps = sequence_logps(token_logps(self.model, micro), micro.rows, len(micro.lengths))
+        logps = sequence_logps(self.score(micro), micro.rows, len(micro.lengths))
         return sft_loss(logps, micro.lengths, whole, SftNorm.token), {}
 
 
 class DpoModule(_Module):
     """The merged loss on pairs. A micro-batch holds all chosen, then all rejected sequences, and the
-    reference's log-probs (2, pairs). No dropout: the reference has none, and its noise is no drift."""
+    reference's log-probs (2, pairs). No dropout: its noise would count as drift."""
 
     DROPOUT = False
 
@@ -115,7 +142,7 @@ class DpoModule(_Module):
         self, micro: tuple[TokenBatch, Tensor], whole: Denominators
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         batch, reference = micro
-        logps = sequence_logps(token_logps(self.model, batch), batch.rows, len(batch.lengths))
+        logps = sequence_logps(self.score(batch), batch.rows, len(batch.lengths))
         chosen, rejected = logps.chunk(2)
         chosen_length, rejected_length = batch.lengths.chunk(2)
         c = self.loss
