@@ -172,24 +172,46 @@ class TrainConfig:
         )
 
 
+class Accelerator(StrEnum):
+    cpu = "cpu"
+    gpu = "gpu"
+    auto = "auto"
+
+
 class Precision(StrEnum):
     fp32 = "fp32"
-    bf16 = "bf16"
+    bf16 = "bf16"  # autocast; weights, optimiser and losses stay fp32
+    fp64 = "fp64"  # to tell a fault from rounding
+
+
+class Strategy(StrEnum):
+    single = "single"
+    ddp = "ddp"  # a replica per process
+    fsdp = "fsdp"  # weights, gradients and optimiser state in shards (FSDP2)
 
 
 @dataclass
 class TrainerConfig:
     """The machine's side of training: `trainer=cpu|gpu|ddp|fsdp`."""
 
-    accelerator: str = _how("cpu")  # cpu | gpu | auto
+    accelerator: Accelerator = _how(Accelerator.cpu)
+    strategy: Strategy = _how(Strategy.single)
+    processes: int = _how(1)  # of ddp and fsdp
     precision: Precision = Precision.fp32
     micro_tokens: int = _how(4096)  # padded tokens per forward; larger batches are accumulated
     gradient_checkpointing: bool = _how(False)
     checkpoint_every_s: float = _how(60.0)
+    loader_workers: int = _how(0)  # processes that prepare batches
     max_length: int = 512  # tokens of prompt and response; longer examples are dropped and counted
 
     def __post_init__(self) -> None:
-        check(self, micro_tokens=self.micro_tokens < 1, max_length=self.max_length < 2)
+        check(
+            self,
+            micro_tokens=self.micro_tokens < 1,
+            loader_workers=self.loader_workers < 0,
+            processes=self.processes < 1 or (self.strategy is Strategy.single and self.processes > 1),
+            max_length=self.max_length < 2,
+        )
 
 
 class PromptStyle(StrEnum):
@@ -406,13 +428,14 @@ class DpoLossConfig:
     lam_on: LamOn = LamOn.dpo
     sft_norm: SftNorm = SftNorm.token
     kind: PreferenceLoss = PreferenceLoss.sigmoid
-    label_smoothing: float = 0.0  # cDPO: probability that a label is flipped
+    label_smoothing: float = 0.0  # cDPO: probability that a label is flipped; kind=sigmoid only
 
     def __post_init__(self) -> None:
         if pending(self):
             return
+        limit = 0.5 if self.kind is PreferenceLoss.sigmoid else 1e-12
         check(
-            self, lam=self.lam < 0, beta=self.beta <= 0, label_smoothing=not 0 <= self.label_smoothing < 0.5
+            self, lam=self.lam < 0, beta=self.beta <= 0, label_smoothing=not 0 <= self.label_smoothing < limit
         )
 
 

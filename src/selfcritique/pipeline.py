@@ -44,9 +44,9 @@ class Stage:
 
 PROBLEMS = Stage(stages.problems, 1)
 SOLUTIONS = Stage(stages.reference_solutions, 1)
-TINY_BASE = Stage(stages.tiny_base, 1)
+TINY_BASE = Stage(stages.tiny_base, 2)
 CHECKPOINT = Stage(stages.checkpoint, 1)
-SFT = Stage(stages.sft, 1)
+SFT = Stage(stages.sft, 2)
 SAMPLE = Stage(stages.sample, 1)
 CRITIC_DATA = Stage(stages.critic_data, 1)
 SCORE = Stage(stages.score, 1)
@@ -55,8 +55,8 @@ SELECT = Stage(stages.select, 1)
 RFT_DATA = Stage(stages.rft_data, 1)
 MATCHED_DATA = Stage(stages.matched_data, 1)
 PAIRS = Stage(stages.pairs, 1)
-REFERENCE = Stage(stages.reference_logps, 1)
-DPO = Stage(stages.dpo, 1)
+REFERENCE = Stage(stages.reference_logps, 2)
+DPO = Stage(stages.dpo, 2)
 EVALUATE = Stage(stages.evaluate, 1)
 
 

@@ -1,17 +1,21 @@
 """The LightningModules: one training step is one global batch, in micro-batches, by the pure losses."""
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from types import MethodType
+from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from selfcritique.config import DpoLossConfig, Schedule, SftNorm, TrainConfig
 from selfcritique.errors import UserError
-from selfcritique.train.batch import TokenBatch
+from selfcritique.train.batch import Step, TokenBatch
 from selfcritique.train.loss import Denominators, merged_loss, preference_loss, sequence_logps, sft_loss
 from selfcritique.train.model import token_logps
 
@@ -30,16 +34,35 @@ def schedule_factor(config: TrainConfig, step: int, steps: int) -> float:
 
 
 class _Module(pl.LightningModule):
-    """What SFT and DPO share: the optimiser, one step over micro-batches, and its report."""
+    """What SFT and DPO share: the optimiser, one step over micro-batches, and its report.
+
+    report: called after each step with its row and its number of tokens.
+    """
+
+    DROPOUT: ClassVar[bool]  # whether the model's own dropout is active in training
 
     def __init__(
-        self, model: Any, config: TrainConfig, steps: int, start: int, report: Callable[[int, Row], None]
+        self, model: Any, config: TrainConfig, steps: int, start: int, report: Callable[[Row, int], None]
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.model, self.config, self.steps, self.report = model, config, steps, report
+        self.score: Callable[[TokenBatch], Tensor] = partial(token_logps, model)
         self.done = start
-        self.clock = time.monotonic()
+
+    def configure_model(self) -> None:
+        """Under FSDP2, cut the model into shards, layer by layer."""
+        if self.device_mesh is None or isinstance(next(self.model.parameters()), DTensor):
+            return
+        mesh = self.device_mesh["data_parallel"]
+        for layer in self.model.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                fully_shard(layer, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+        # The head runs outside the model's own forward, which is where shards would be gathered.
+        self.model.token_logps = MethodType(token_logps, self.model)
+        register_fsdp_forward_method(self.model, "token_logps")
+        self.score = self.model.token_logps
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         c = self.config
@@ -48,62 +71,68 @@ class _Module(pl.LightningModule):
         groups = [{"params": decayed, "weight_decay": c.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), fused=True)
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        micros, whole = batch
-        return [
-            m.to(device) if isinstance(m, TokenBatch) else tuple(t.to(device) for t in m) for m in micros
-        ], whole
+    def transfer_batch_to_device(self, batch: Step, device: torch.device, dataloader_idx: int) -> Step:
+        def move(micro: Any) -> Any:
+            return micro.to(device) if hasattr(micro, "to") else tuple(part.to(device) for part in micro)
+
+        return batch._replace(micros=[move(micro) for micro in batch.micros])
 
     def micro_loss(self, micro: Any, whole: Denominators) -> tuple[Tensor, Mapping[str, Tensor]]:
         """This micro-batch's share of the global batch's loss, and figures that add up over micro-batches."""
         raise NotImplementedError
 
-    def training_step(self, batch: tuple[list[Any], Denominators], _: int) -> None:
-        micros, whole = batch
+    def training_step(self, batch: Step, _: int) -> None:
         optimizer: Any = self.optimizers()
         lr = self.config.lr * schedule_factor(self.config, self.done, self.steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
         total: dict[str, Tensor] = {}
-        for micro in micros:
-            loss, figures = self.micro_loss(micro, whole)
-            self.manual_backward(loss)
+        processes = self.trainer.world_size
+        for number, micro in enumerate(batch.micros):
+            counts = number < len(batch.micros) - batch.idle
+            loss, figures = self.micro_loss(micro, batch.whole)
+            self.manual_backward(loss * (processes * counts))  # strategies average over processes
             for name, value in {"loss": loss, **figures}.items():
-                total[name] = total.get(name, torch.zeros(())) + value.detach()
+                total[name] = total.get(name, torch.zeros(())) + value.detach() * counts
+        if processes > 1:
+            sums = torch.stack(list(total.values()))
+            torch.distributed.all_reduce(sums)
+            total = dict(zip(total, sums, strict=True))
         limit = self.config.grad_clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        norm: Any = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         row = {name: value.item() for name, value in total.items()} | {"grad_norm": norm.item(), "lr": lr}
         bad = [name for name in ("loss", "grad_norm") if not math.isfinite(row[name])]
         if bad:  # before the optimiser moves: the weights are still those of the last good step
-            raise NotFinite(self.done, bad[0])
+            raise NotFinite(self.done + 1, bad[0])
         optimizer.step()
-        now = time.monotonic()
-        row |= {"tokens": whole.tokens, "tokens_per_s": whole.tokens / max(now - self.clock, 1e-9)}
-        self.clock = now
         self.done += 1
-        self.report(self.done, row)
+        self.report(row, batch.tokens)
 
 
 class NotFinite(UserError):
-    """Loss or gradient is NaN or infinite at `step` (from 0)."""
+    """Loss or gradient is NaN or infinite at `step` (from 1, as in metrics.jsonl)."""
 
     def __init__(self, step: int, what: str) -> None:
         super().__init__(f"{what} is not finite at step {step}")
-        self.step = step
 
 
 class SftModule(_Module):
     """Cross-entropy on responses, per token of the global batch."""
 
+    DROPOUT = True
+
     def micro_loss(self, micro: TokenBatch, whole: Denominators) -> tuple[Tensor, Mapping[str, Tensor]]:
-        logps = sequence_logps(token_logps(self.model, micro), micro.rows, len(micro.lengths))
+        logps = sequence_logps(self.score(micro), micro.rows, len(micro.lengths))
         return sft_loss(logps, micro.lengths, whole, SftNorm.token), {}
 
 
 class DpoModule(_Module):
     """The merged loss on pairs. A micro-batch holds all chosen, then all rejected sequences, and the
-    reference's log-probs (2, pairs)."""
+    reference's log-probs (2, pairs). No dropout: its noise would count as drift."""
+
+    DROPOUT = False
 
     def __init__(self, *arguments: Any, loss: DpoLossConfig) -> None:
         super().__init__(*arguments)
@@ -113,7 +142,7 @@ class DpoModule(_Module):
         self, micro: tuple[TokenBatch, Tensor], whole: Denominators
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         batch, reference = micro
-        logps = sequence_logps(token_logps(self.model, batch), batch.rows, len(batch.lengths))
+        logps = sequence_logps(self.score(batch), batch.rows, len(batch.lengths))
         chosen, rejected = logps.chunk(2)
         chosen_length, rejected_length = batch.lengths.chunk(2)
         c = self.loss
