@@ -610,7 +610,8 @@ def pairs(config: Pairs, inputs: Inputs, out: Path, progress: Progress) -> Metri
     pool = _pool(inputs)
     built = build_pairs(pool, config.build, config.seed).collect()
     built.write_parquet(out / "pairs.parquet")
-    pair_reasons(pool, built.lazy(), config.build).collect().write_parquet(out / "reasons.parquet")
+    reasons = pair_reasons(pool, built.lazy(), config.build, config.seed).collect()
+    reasons.write_parquet(out / "reasons.parquet")
     report = pairs_report(pool, built.lazy())
     if not built.height:
         raise UserError(
