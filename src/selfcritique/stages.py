@@ -624,7 +624,7 @@ def pairs(config: Pairs, inputs: Inputs, out: Path, progress: Progress) -> Metri
     pool = _pool(inputs)
     built = build_pairs(pool, config.build, config.seed).collect()
     built.write_parquet(out / "pairs.parquet")
-    reasons = pair_reasons(pool, built.lazy(), config.build).collect()
+    reasons = pair_reasons(pool, built.lazy(), config.build, config.seed).collect()
     reasons.write_parquet(out / "reasons.parquet")
     if not built.height:
         raise UserError(
