@@ -429,13 +429,20 @@ class DpoLossConfig:
     sft_norm: SftNorm = SftNorm.token
     kind: PreferenceLoss = PreferenceLoss.sigmoid
     label_smoothing: float = 0.0  # cDPO: probability that a label is flipped; kind=sigmoid only
+    gradients_every: int = (
+        0  # steps between two looks at the terms' own gradients, which cost a step; 0: none
+    )
 
     def __post_init__(self) -> None:
         if pending(self):
             return
         limit = 0.5 if self.kind is PreferenceLoss.sigmoid else 1e-12
         check(
-            self, lam=self.lam < 0, beta=self.beta <= 0, label_smoothing=not 0 <= self.label_smoothing < limit
+            self,
+            lam=self.lam < 0,
+            beta=self.beta <= 0,
+            label_smoothing=not 0 <= self.label_smoothing < limit,
+            gradients_every=self.gradients_every < 0,
         )
 
 

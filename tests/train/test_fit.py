@@ -18,9 +18,9 @@ from selfcritique.config import DpoLossConfig, Precision, SftNorm, TrainConfig, 
 from selfcritique.errors import UserError
 from selfcritique.train import fit as fit_module
 from selfcritique.train import modules
-from selfcritique.train.batch import Schedule, Step, TokenExample, TokenPair
+from selfcritique.train.batch import Schedule, Step, TokenExample, TokenPair, collate
 from selfcritique.train.fit import ReferenceLogps, fit_dpo, fit_sft, reference_logps
-from selfcritique.train.model import load_model
+from selfcritique.train.model import load_model, token_logps
 
 MakePairs = Callable[..., list[TokenPair]]
 Rows = list[dict[str, float]]
@@ -191,10 +191,38 @@ def test_rows_hold_the_figures_of_their_step(llama_dir: Path, make_pairs: MakePa
         assert row["rewards_chosen"] == pytest.approx(0.5 * row["chosen_logps_drift"], abs=1e-5)
     drift = second["chosen_logps"] - first["chosen_logps"]  # from the start, which is the reference
     assert second["chosen_logps_drift"] == pytest.approx(drift, abs=1e-4) and abs(drift) > 0.1
+    falls = -second["chosen_logps_drift"], -second["rejected_logps_drift"]
+    assert second["kl_estimate"] == pytest.approx(sum(falls) / 2, abs=1e-5)
     assert 0 < second["rewards_accuracy"] <= 1 and second["grad_norm"] > 0
     read = sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
     assert (report["steps"], report["tokens"], report["dropped"]) == (2, 2 * read, 0)
     assert report["loss"] == pytest.approx(second["loss"])
+
+
+def test_gradients_of_the_terms(gpt2_dir: Path, make_pairs: MakePairs, tmp_path: Path) -> None:
+    """Every second step measured, and the first by hand: the policy is the reference, so the derivative of
+    lam * L_DPO is -lam * beta / 2 = -0.375 by each margin. Measuring changes no step."""
+    pairs = make_pairs(24)
+    exact = TrainerConfig(precision=Precision.fp64, micro_tokens=60)
+    dpo(gpt2_dir, pairs, tmp_path / "plain", exact)
+    looked = DpoLossConfig(lam=1.5, beta=0.5, gradients_every=2)
+    dpo(gpt2_dir, pairs, tmp_path / "looked", exact, looked)
+    names = ("dpo_grad_norm", "sft_grad_norm", "grad_cosine")
+    rows = rows_of(tmp_path / "looked")
+    found = [[row.pop(name, None) for name in names] for row in rows]
+    assert rows == rows_of(tmp_path / "plain") and found[1] == [None] * 3 and None not in found[2]
+
+    model = load_model(gpt2_dir, torch.float64).eval()
+    first = [pairs[i] for i in Schedule([p.length for p in pairs], 8, 1, 7)[0]]
+    sides = [(p.prompt_ids, p.chosen_ids) for p in first] + [(p.prompt_ids, p.rejected_ids) for p in first]
+    logps = token_logps(model, collate(sides, 0))
+    n_chosen = sum(len(p.chosen_ids) for p in first)
+    chosen, rejected = logps[:n_chosen].sum(), logps[n_chosen:].sum()
+    terms = -0.375 * (chosen - rejected) / 8, -chosen / n_chosen
+    grads = [torch.autograd.grad(term, list(model.parameters()), retain_graph=True) for term in terms]
+    by_dpo, by_sft = (torch.cat([g.flatten() for g in grad]) for grad in grads)
+    cosine = (by_dpo @ by_sft / (by_dpo.norm() * by_sft.norm())).item()
+    assert found[0] == pytest.approx([by_dpo.norm().item(), by_sft.norm().item(), cosine], rel=1e-6)
 
 
 def test_equal_fits_leave_equal_bytes(llama_dir: Path, make_pairs: MakePairs, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def test_two_processes_train_as_one(
     model, pairs, loss = (
         make_llama(tie_word_embeddings=True),
         make_pairs(44),
-        DpoLossConfig(1.5, 0.5, sft_norm=norm),
+        DpoLossConfig(1.5, 0.5, sft_norm=norm, gradients_every=2),
     )
     trainer = TrainerConfig(micro_tokens=70)
     reference = reference_logps(trainer, model, pairs)

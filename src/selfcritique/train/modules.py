@@ -1,7 +1,7 @@
 """The LightningModules: one training step is one global batch, in micro-batches, by the pure losses."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import MethodType
 from typing import Any, ClassVar
@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from selfcritique.config import DpoLossConfig, Schedule, SftNorm, TrainConfig
+from selfcritique.config import DpoLossConfig, LamOn, Schedule, SftNorm, TrainConfig
 from selfcritique.errors import UserError
 from selfcritique.train.batch import Step, TokenBatch
 from selfcritique.train.loss import Denominators, merged_loss, preference_loss, sequence_logps, sft_loss
@@ -77,9 +77,29 @@ class _Module(pl.LightningModule):
 
         return batch._replace(micros=[move(micro) for micro in batch.micros])
 
-    def micro_loss(self, micro: Any, whole: Denominators) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """This micro-batch's share of the global batch's loss, and figures that add up over micro-batches."""
+    def micro_loss(self, micro: Any, whole: Denominators) -> dict[str, Tensor]:
+        """This micro-batch's share of the global batch's `loss` and of other figures: all add up."""
         raise NotImplementedError
+
+    def sft_gradients(self, batch: Step) -> list[Tensor]:
+        """Gradients of the weighted cross-entropy alone, at steps where they are wanted."""
+        return []
+
+    def backward_all(self, batch: Step, name: str) -> Row:
+        """Gradients of one figure of the global batch; the values of all figures."""
+        total: dict[str, Tensor] = {}
+        processes = self.trainer.world_size
+        for number, micro in enumerate(batch.micros):
+            counts = number < len(batch.micros) - batch.idle
+            figures = self.micro_loss(micro, batch.whole)
+            self.manual_backward(figures[name] * (processes * counts))  # strategies average over processes
+            for figure, value in figures.items():
+                total[figure] = total.get(figure, torch.zeros(())) + value.detach() * counts
+        if processes > 1:
+            sums = torch.stack(list(total.values()))
+            torch.distributed.all_reduce(sums)
+            total = dict(zip(total, sums, strict=True))
+        return {figure: value.item() for figure, value in total.items()}
 
     def training_step(self, batch: Step, _: int) -> None:
         optimizer: Any = self.optimizers()
@@ -87,22 +107,13 @@ class _Module(pl.LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
-        total: dict[str, Tensor] = {}
-        processes = self.trainer.world_size
-        for number, micro in enumerate(batch.micros):
-            counts = number < len(batch.micros) - batch.idle
-            loss, figures = self.micro_loss(micro, batch.whole)
-            self.manual_backward(loss * (processes * counts))  # strategies average over processes
-            for name, value in {"loss": loss, **figures}.items():
-                total[name] = total.get(name, torch.zeros(())) + value.detach() * counts
-        if processes > 1:
-            sums = torch.stack(list(total.values()))
-            torch.distributed.all_reduce(sums)
-            total = dict(zip(total, sums, strict=True))
+        sft_gradients = self.sft_gradients(batch)
+        row = self.backward_all(batch, "loss")
+        if sft_gradients:
+            row |= _compare_terms(sft_gradients, [p.grad for p in self.model.parameters()])
         limit = self.config.grad_clip or math.inf
-        norm: Any = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        row = {name: value.item() for name, value in total.items()} | {"grad_norm": norm.item(), "lr": lr}
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        row |= {"grad_norm": _value(norm), "lr": lr}
         bad = [name for name in ("loss", "grad_norm") if not math.isfinite(row[name])]
         if bad:  # before the optimiser moves: the weights are still those of the last good step
             raise NotFinite(self.done + 1, bad[0])
@@ -123,14 +134,16 @@ class SftModule(_Module):
 
     DROPOUT = True
 
-    def micro_loss(self, micro: TokenBatch, whole: Denominators) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def micro_loss(self, micro: TokenBatch, whole: Denominators) -> dict[str, Tensor]:
         logps = sequence_logps(self.score(micro), micro.rows, len(micro.lengths))
-        return sft_loss(logps, micro.lengths, whole, SftNorm.token), {}
+        return {"loss": sft_loss(logps, micro.lengths, whole, SftNorm.token)}
 
 
 class DpoModule(_Module):
     """The merged loss on pairs. A micro-batch holds all chosen, then all rejected sequences, and the
-    reference's log-probs (2, pairs). No dropout: its noise would count as drift."""
+    reference's log-probs (2, pairs). The reference sampled the responses, so the mean fall of their
+    log-probs estimates KL(reference || policy), with the bias of their selection. No dropout: its noise
+    would count as drift."""
 
     DROPOUT = False
 
@@ -138,9 +151,16 @@ class DpoModule(_Module):
         super().__init__(*arguments)
         self.loss = loss
 
-    def micro_loss(
-        self, micro: tuple[TokenBatch, Tensor], whole: Denominators
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def sft_gradients(self, batch: Step) -> list[Tensor]:
+        if not self.loss.gradients_every or self.done % self.loss.gradients_every:
+            return []
+        self.backward_all(batch, "sft_loss")
+        weight = self.loss.lam if self.loss.lam_on is LamOn.sft else 1.0
+        gradients = [weight * p.grad for p in self.model.parameters() if p.grad is not None]
+        self.model.zero_grad(set_to_none=True)
+        return gradients
+
+    def micro_loss(self, micro: tuple[TokenBatch, Tensor], whole: Denominators) -> dict[str, Tensor]:
         batch, reference = micro
         logps = sequence_logps(self.score(batch), batch.rows, len(batch.lengths))
         chosen, rejected = logps.chunk(2)
@@ -162,12 +182,29 @@ class DpoModule(_Module):
             "rejected_logps": rejected.detach(),
             "chosen_logps_drift": chosen_drift,
             "rejected_logps_drift": rejected_drift,
+            "kl_estimate": -(chosen_drift + rejected_drift) / 2,
             "chosen_length": chosen_length.to(logps.dtype),
             "rejected_length": rejected_length.to(logps.dtype),
         }
-        figures = {"dpo_loss": dpo, "sft_loss": sft}
-        figures |= {name: value.sum() / whole.sequences for name, value in means.items()}
-        return merged_loss(dpo, sft, c), figures
+        figures = {"loss": merged_loss(dpo, sft, c), "dpo_loss": dpo, "sft_loss": sft}
+        return figures | {name: value.sum() / whole.sequences for name, value in means.items()}
+
+
+def _compare_terms(sft: Sequence[Tensor], merged: Sequence[Tensor | None]) -> Row:
+    """Norms of the two terms' gradients, as the loss weighs them, and the cosine between them."""
+    whole = [g for g in merged if g is not None]
+    dpo = [g - s for g, s in zip(whole, sft, strict=True)]
+
+    def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+        return sum(_value((x * y).sum()) for x, y in zip(a, b, strict=True))
+
+    norms = math.sqrt(dot(dpo, dpo)), math.sqrt(dot(sft, sft))
+    cosine = dot(dpo, sft) / max(norms[0] * norms[1], 1e-30)
+    return {"dpo_grad_norm": norms[0], "sft_grad_norm": norms[1], "grad_cosine": cosine}
+
+
+def _value(scalar: Any) -> float:
+    return float((scalar.full_tensor() if isinstance(scalar, DTensor) else scalar).item())
 
 
 def last_means(rows: Sequence[Row], names: Sequence[str]) -> Row:
