@@ -14,6 +14,7 @@ from typing import Any
 from selfcritique import stages
 from selfcritique.artifacts import Artifact, Store, artifact_key
 from selfcritique.config import (
+    Annotator,
     Arm,
     OnFail,
     Pool,
@@ -22,6 +23,7 @@ from selfcritique.config import (
     SamplingConfig,
     key_part,
 )
+from selfcritique.data.sources import files
 from selfcritique.errors import UserError
 from selfcritique.progress import Progress, duration
 from selfcritique.records import Split
@@ -87,7 +89,7 @@ class Graph:
         """A node whose `seed`, if its config has one, derives from the run's seed and its name."""
         first = self.run.seed_from
         varies = not first or name == first or any(node.varies for node in inputs.values())
-        if is_dataclass(config) and any(f.name == "seed" for f in fields(config)) and stage is not PROBLEMS:
+        if is_dataclass(config) and any(f.name == "seed" for f in fields(config)):
             config = replace(config, seed=stage_seed(self.run.seed if varies else 0, name))  # type: ignore[type-var]
         keys = {role: node.key for role, node in inputs.items()}
         key = artifact_key(stage.name, stage.version, key_part(config), keys)
@@ -133,14 +135,20 @@ def build(run: RunConfig) -> Graph:
             name, CARD, stages.Card(run.annotator), problems=problems, responses=responses, scored=scored
         )
 
-    problems = g.add("problems", PROBLEMS, run.data)
+    read = [
+        _digest({str(i): file for i, file in enumerate(files(source))}, "data.mix[].path")
+        for source in run.data.mix
+    ]
+    problems = g.add("problems", PROBLEMS, stages.Problems(run.data, read))
     solutions = None
     if run.model.sft is not None:
         solutions = g.add("solutions", SOLUTIONS, stages.ReferenceSolutions(style), problems=problems)
     base = _base(g, problems, solutions)
 
     pool = sample("critic_pool", base, Split.critic_train, run.critic.data.sampling)
-    taught = stages.CriticData(run.critic.data, run.annotator, run.critic.ask.reference, style, 0)
+    marks = run.annotator
+    annotations = _digest({"": Path(marks.path)}, "annotator.path") if marks.kind is Annotator.file else ""
+    taught = stages.CriticData(run.critic.data, marks, annotations, run.critic.ask.reference, style, 0)
     examples = g.add("critic_data", CRITIC_DATA, taught, problems=problems, responses=pool)
     start = _checkpoint(g, "critic_start", run.critic.model) if run.critic.model else base
     critic = g.add(
@@ -207,11 +215,20 @@ def _checkpoint(g: Graph, name: str, path: str) -> Node:
             f"There is no checkpoint at {folder} (looked for config.json): give a folder with config.json, "
             "*.safetensors and the tokenizer's files, as save_pretrained writes them."
         )
-    digest = hashlib.sha256()
-    for file in sorted(f for f in folder.iterdir() if f.is_file()):
-        with file.open("rb") as data:
-            digest.update(f"{file.name}:{hashlib.file_digest(data, 'sha256').hexdigest()}\n".encode())
-    return g.add(name, CHECKPOINT, stages.Checkpoint(digest.hexdigest()[:16], folder))
+    digest = _digest({f.name: f for f in sorted(folder.iterdir()) if f.is_file()}, name)
+    return g.add(name, CHECKPOINT, stages.Checkpoint(digest, folder))
+
+
+def _digest(named: Mapping[str, Path], setting: str) -> str:
+    """16 hex digits of the files' contents under the names given, '' for none; no path enters it."""
+    parts = []
+    for name, path in named.items():
+        try:
+            with path.open("rb") as data:
+                parts.append(f"{name}:{hashlib.file_digest(data, 'sha256').hexdigest()}\n")
+        except OSError as error:
+            raise UserError(f"{setting}: cannot read {path} ({error.strerror}); give another file.") from None
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:16] if parts else ""
 
 
 def _evaluation(

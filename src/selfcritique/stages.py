@@ -49,11 +49,17 @@ GROUPS = ("source", "family", "register", "difficulty")  # columns that results 
 # ---- problems ------------------------------------------------------------------------------------------
 
 
-def problems(config: DataConfig, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
+@dataclass
+class Problems:
+    data: DataConfig
+    files: list[str]  # digest of each source's files
+
+
+def problems(config: Problems, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
     """problems.parquet: every split's problems."""
     from selfcritique.data.splits import build_splits
 
-    table, counts = build_splits(config)
+    table, counts = build_splits(config.data)
     table.write_parquet(out / "problems.parquet")
     if counts["removed_from_training"]:
         progress.close(
@@ -110,6 +116,7 @@ def _solution(style: PromptStyle, problem: Problem, text: str, response_id: str 
 class CriticData:
     data: CriticDataConfig
     annotator: AnnotatorConfig
+    annotations: str  # digest of the annotator's file
     reference: Reference
     style: PromptStyle
     seed: int
