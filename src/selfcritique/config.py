@@ -10,7 +10,7 @@ import hashlib
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -25,11 +25,11 @@ def pending(owner: Any) -> bool:
     return any(getattr(owner, f.name) == MISSING for f in fields(owner))
 
 
-def check(owner: object, **faults: bool) -> None:
-    """Raise one UserError that names each field whose fault is true, with its value."""
-    named = [f"{name}={getattr(owner, name)!r}" for name, fault in faults.items() if fault]
+def check(owner: object, **faults: bool | str) -> None:
+    """Raise one UserError that names each field at fault, its value and what it must be (the fault)."""
+    named = [f"{name}={getattr(owner, name)!r} must be {fault}" for name, fault in faults.items() if fault]
     if named:
-        raise UserError(f"{type(owner).__name__}: out of range: " + ", ".join(named))
+        raise UserError(f"{type(owner).__name__}: " + "; ".join(named))
 
 
 def _how(default: Any) -> Any:
@@ -109,9 +109,9 @@ class SourceConfig:
     def __post_init__(self) -> None:
         check(
             self,
-            weight=self.weight <= 0,
-            limit=self.limit < 8,
-            path=self.source == Source.jsonl and not self.path,
+            weight=self.weight <= 0 and "above 0",
+            limit=self.limit < 8 and "at least 8",
+            path=self.source == Source.jsonl and not self.path and "a JSONL file or its folder",
         )
 
 
@@ -129,7 +129,7 @@ class SplitsConfig:
 
     def __post_init__(self) -> None:
         if not pending(self):
-            check(self, **{f.name: getattr(self, f.name) < 1 for f in fields(self)})
+            check(self, **{f.name: getattr(self, f.name) < 1 and "at least 1" for f in fields(self)})
 
 
 @dataclass
@@ -164,11 +164,11 @@ class TrainConfig:
             return
         check(
             self,
-            lr=self.lr <= 0,
-            epochs=self.epochs <= 0,
-            batch_size=self.batch_size < 1,
-            warmup_ratio=not 0 <= self.warmup_ratio < 1,
-            grad_clip=self.grad_clip < 0,
+            lr=self.lr <= 0 and "above 0",
+            epochs=self.epochs <= 0 and "above 0",
+            batch_size=self.batch_size < 1 and "at least 1",
+            warmup_ratio=not 0 <= self.warmup_ratio < 1 and "at least 0 and below 1",
+            grad_clip=self.grad_clip < 0 and "at least 0",
         )
 
 
@@ -207,10 +207,11 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         check(
             self,
-            micro_tokens=self.micro_tokens < 1,
-            loader_workers=self.loader_workers < 0,
-            processes=self.processes < 1 or (self.strategy is Strategy.single and self.processes > 1),
-            max_length=self.max_length < 2,
+            micro_tokens=self.micro_tokens < 1 and "at least 1",
+            loader_workers=self.loader_workers < 0 and "at least 0",
+            processes=(self.processes < 1 and "at least 1")
+            or (self.strategy is Strategy.single and self.processes > 1 and "1 with strategy=single"),
+            max_length=self.max_length < 2 and "at least 2",
         )
 
 
@@ -231,11 +232,12 @@ class TinyConfig:
     drills: float = 0.1  # texts of eight numbers to copy and compare, per reference solution
 
     def __post_init__(self) -> None:
+        heads = self.hidden_size % 32 == 0 and self.hidden_size > 0
         check(
             self,
-            hidden_size=self.hidden_size % 32 != 0 or self.hidden_size < 32,
-            layers=self.layers < 1,
-            drills=self.drills < 0,
+            hidden_size=not heads and "a multiple of 32",
+            layers=self.layers < 1 and "at least 1",
+            drills=self.drills < 0 and "at least 0",
         )
 
 
@@ -260,7 +262,7 @@ class EngineConfig:
     device: str = _how("cpu")
 
     def __post_init__(self) -> None:
-        check(self, max_batch_tokens=self.max_batch_tokens < 1)
+        check(self, max_batch_tokens=self.max_batch_tokens < 1 and "at least 1")
 
 
 @dataclass
@@ -271,7 +273,19 @@ class SamplingConfig:
     temperature: float = MISSING
     max_tokens: int = 64
     top_p: float = 1.0
-    top_k: int = 0
+    top_k: int = 0  # 0: all
+
+    def __post_init__(self) -> None:
+        if pending(self):
+            return
+        check(
+            self,
+            n=self.n < 1 and "at least 1",
+            temperature=self.temperature < 0 and "at least 0",
+            max_tokens=self.max_tokens < 1 and "at least 1",
+            top_p=not 0 < self.top_p <= 1 and "above 0 and at most 1",
+            top_k=self.top_k < 0 and "at least 0",
+        )
 
 
 @dataclass
@@ -280,7 +294,7 @@ class AnnotatorConfig:
     path: str = _content("")  # kind=file: CSV with response_id and score, optional analysis
 
     def __post_init__(self) -> None:
-        check(self, path=self.kind == Annotator.file and not self.path)
+        check(self, path=self.kind == Annotator.file and not self.path and "a CSV file (kind=file)")
 
 
 @dataclass
@@ -289,7 +303,7 @@ class GateConfig:
     on_fail: OnFail = OnFail.stop
 
     def __post_init__(self) -> None:
-        check(self, min=not 0 <= self.min <= 1)
+        check(self, min=not 0 <= self.min <= 1 and "from 0 to 1")
 
 
 @dataclass
@@ -302,6 +316,14 @@ class CriticDataConfig:
     balance: dict[str, float] = field(default_factory=dict)  # share of each band: low, mid, high, top
     score_only: float = 0.1  # share of examples that teach the logit mode
     max_examples: int = 0  # 0: all that the balance allows
+
+    def __post_init__(self) -> None:
+        check(
+            self,
+            corruptions=self.corruptions < 0 and "at least 0",
+            score_only=not 0 <= self.score_only <= 1 and "from 0 to 1",
+            max_examples=self.max_examples < 0 and "at least 0",
+        )
 
 
 @dataclass
@@ -316,7 +338,13 @@ class AskConfig:
     max_parse_failures: float = _how(0.2)  # a run with a larger share stops
 
     def __post_init__(self) -> None:
-        check(self, samples=self.samples < 1, max_parse_failures=not 0 <= self.max_parse_failures <= 1)
+        check(
+            self,
+            samples=self.samples < 1 and "at least 1",
+            temperature=self.temperature < 0 and "at least 0",
+            max_tokens=self.max_tokens < 1 and "at least 1",
+            max_parse_failures=not 0 <= self.max_parse_failures <= 1 and "from 0 to 1",
+        )
 
 
 @dataclass
@@ -364,11 +392,12 @@ class SelectConfig:
     def __post_init__(self) -> None:
         check(
             self,
-            threshold=not 1 <= self.threshold <= 10,
-            cap_per_question=self.cap_per_question < 0,
-            accept_rate_min=not 0 <= self.accept_rate_min <= self.accept_rate_max,
-            accept_rate_max=self.accept_rate_max > 1,
-            fixed_yield=self.fixed_yield is not None and self.fixed_yield < 1,
+            threshold=not 1 <= self.threshold <= 10 and "from 1 to 10",
+            cap_per_question=self.cap_per_question < 0 and "at least 0 (0: no cap)",
+            accept_rate_min=not 0 <= self.accept_rate_min <= self.accept_rate_max
+            and "from 0 to accept_rate_max",
+            accept_rate_max=self.accept_rate_max > 1 and "at most 1",
+            fixed_yield=self.fixed_yield is not None and self.fixed_yield < 1 and "at least 1 or null",
         )
 
 
@@ -391,10 +420,10 @@ class PairConfig:
     def __post_init__(self) -> None:
         check(
             self,
-            threshold=not 1 <= self.threshold <= 10,
-            margin=self.margin <= 0,
-            max_per_question=self.max_per_question < 1,
-            max_length_ratio=self.max_length_ratio < 1,
+            threshold=not 1 <= self.threshold <= 10 and "from 1 to 10",
+            margin=self.margin <= 0 and "above 0",
+            max_per_question=self.max_per_question < 1 and "at least 1",
+            max_length_ratio=self.max_length_ratio < 1 and "at least 1",
         )
 
 
@@ -439,10 +468,11 @@ class DpoLossConfig:
         limit = 0.5 if self.kind is PreferenceLoss.sigmoid else 1e-12
         check(
             self,
-            lam=self.lam < 0,
-            beta=self.beta <= 0,
-            label_smoothing=not 0 <= self.label_smoothing < limit,
-            gradients_every=self.gradients_every < 0,
+            lam=self.lam < 0 and "at least 0",
+            beta=self.beta <= 0 and "above 0",
+            label_smoothing=not 0 <= self.label_smoothing < limit
+            and ("at least 0 and below 0.5" if limit == 0.5 else "0 (only kind=sigmoid smooths labels)"),
+            gradients_every=self.gradients_every < 0 and "at least 0",
         )
 
 
@@ -454,6 +484,9 @@ class RftConfig:
     select: SelectConfig = field(default_factory=SelectConfig)
     mix: float = 1.0  # copies of the original SFT data mixed in; 0 where there is none
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        check(self, mix=self.mix < 0 and "at least 0")
 
 
 @dataclass
@@ -478,6 +511,13 @@ class EvalConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     bootstrap: int = 10_000
 
+    def __post_init__(self) -> None:
+        check(
+            self,
+            sampled_questions=self.sampled_questions < 0 and "at least 0",
+            bootstrap=self.bootstrap < 1 and "at least 1",
+        )
+
 
 @dataclass
 class RoundsConfig:
@@ -485,7 +525,7 @@ class RoundsConfig:
     restart: Restart = Restart.base
 
     def __post_init__(self) -> None:
-        check(self, n=self.n < 1)
+        check(self, n=self.n < 1 and "at least 1")
 
 
 class Arm(StrEnum):
@@ -540,13 +580,25 @@ def to_run_config(composed: DictConfig) -> RunConfig:
         raise UserError(
             "These settings have no value: " + ", ".join(missing) + "; set them in an experiment file."
         )
-    try:
-        run = OmegaConf.to_object(composed)
-    except OmegaConfBaseException as error:
-        cause = error.__cause__
-        raise cause if isinstance(cause, UserError) else UserError(str(error).splitlines()[0]) from None
+    faults = _faults(composed, "")
+    if faults:
+        raise UserError("\n".join(faults))
+    run = OmegaConf.to_object(composed)
     assert isinstance(run, RunConfig)
     return run
+
+
+def _faults(node: Any, path: str) -> list[str]:
+    """What every part of a config finds wrong with itself, each with where it stands."""
+    names = range(len(node)) if OmegaConf.is_list(node) else list(node)
+    inner = {str(name): node[name] for name in names if OmegaConf.is_config(node[name])}
+    found = [f for name, part in inner.items() for f in _faults(part, f"{path}.{name}" if path else name)]
+    if not found:
+        try:
+            OmegaConf.to_object(node)
+        except (UserError, OmegaConfBaseException) as error:
+            found.append(f"{path}: {error}" if path else str(error))
+    return found
 
 
 def key_part(config: Any) -> Any:
@@ -581,15 +633,3 @@ def content_digest(path: str) -> str:
             name = file.name if place.is_dir() else ""
             digest.update(f"{name}:{hashlib.file_digest(data, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()[:16]
-
-
-def field_names(owner: type, path: list[str]) -> list[str]:
-    """The settings that stand at a dotted path of the schema; none where it leads out of it."""
-    hints = get_type_hints(owner)
-    for name in path:
-        kinds = get_args(hints.get(name)) or (hints.get(name),)
-        inner = next((kind for kind in kinds if is_dataclass(kind)), None)
-        if inner is None:
-            return []
-        hints = get_type_hints(inner)
-    return list(hints)

@@ -14,6 +14,7 @@ from typing import Any
 from selfcritique import stages
 from selfcritique.artifacts import Artifact, Store, artifact_key
 from selfcritique.config import (
+    Annotator,
     Arm,
     OnFail,
     Pool,
@@ -25,6 +26,7 @@ from selfcritique.config import (
     content_digest,
     key_part,
 )
+from selfcritique.data.sources import files
 from selfcritique.errors import UserError
 from selfcritique.progress import Progress, duration
 from selfcritique.records import Split
@@ -90,7 +92,7 @@ class Graph:
         """A node whose `seed`, if its config has one, derives from the run's seed and its name."""
         first = self.run.seed_from
         varies = not first or name == first or any(node.varies for node in inputs.values())
-        if is_dataclass(config) and any(f.name == "seed" for f in fields(config)) and stage is not PROBLEMS:
+        if is_dataclass(config) and any(f.name == "seed" for f in fields(config)):
             config = replace(config, seed=stage_seed(self.run.seed if varies else 0, name))  # type: ignore[type-var]
         keys = {role: node.key for role, node in inputs.items()}
         key = artifact_key(stage.name, stage.version, key_part(config), keys)
@@ -136,13 +138,17 @@ def build(run: RunConfig) -> Graph:
             name, CARD, stages.Card(run.annotator), problems=problems, responses=responses, scored=scored
         )
 
-    problems = g.add("problems", PROBLEMS, run.data)
+    for source in run.data.mix:
+        files(source)  # a missing one is told of before anything runs
+    problems = g.add("problems", PROBLEMS, stages.Problems(run.data))
     solutions = None
     if run.model.sft is not None:
         solutions = g.add("solutions", SOLUTIONS, stages.ReferenceSolutions(style), problems=problems)
     base = _base(g, problems, solutions)
 
     pool = sample("critic_pool", base, Split.critic_train, run.critic.data.sampling)
+    if run.annotator.kind is Annotator.file and not Path(run.annotator.path).is_file():
+        raise UserError(f"annotator.path: there is no file {run.annotator.path}; give another one.")
     taught = stages.CriticData(run.critic.data, run.annotator, run.critic.ask.reference, style, 0)
     examples = g.add("critic_data", CRITIC_DATA, taught, problems=problems, responses=pool)
     start = _checkpoint(g, "critic_start", run.critic.model) if run.critic.model else base

@@ -49,11 +49,16 @@ GROUPS = ("source", "family", "register", "difficulty")  # columns that results 
 # ---- problems ------------------------------------------------------------------------------------------
 
 
-def problems(config: DataConfig, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
+@dataclass
+class Problems:
+    data: DataConfig
+
+
+def problems(config: Problems, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
     """problems.parquet: every split's problems."""
     from selfcritique.data.splits import build_splits
 
-    table, counts = build_splits(config)
+    table, counts = build_splits(config.data)
     table.write_parquet(out / "problems.parquet")
     if counts["removed_from_training"]:
         progress.close(
