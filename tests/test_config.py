@@ -181,7 +181,7 @@ def test_no_path_or_machine_setting_is_part_of_a_key(composed: Compose) -> None:
     paths = ["data.mix.0.path={}", "annotator.path={}", "store={}"]
     machine = [
         "threads={}", "trainer.micro_tokens={}1", "trainer.checkpoint_every_s={}1", "logger=none",
-        "engine.device={}", "trainer.accelerator={}",
+        "engine.device={}", "trainer.loader_workers={}",
     ]  # fmt: skip
     one, two = (
         to_run_config(composed("data=gsm8k", *(o.format(value) for o in paths + machine)))

@@ -17,7 +17,6 @@ from rich.table import Table
 from selfcritique.artifacts import Artifact, write_json
 from selfcritique.config import RunConfig, key_part
 from selfcritique.diagnose import diagnose
-from selfcritique.evaluate import comparison_table
 from selfcritique.pipeline import Graph, PlanRow
 from selfcritique.progress import duration
 
@@ -28,6 +27,8 @@ def summarise(
     run: RunConfig, graph: Graph, done: Mapping[str, Artifact], commit: str, total_s: float
 ) -> dict[str, Any]:
     """The run's summary; stages that did not run (`until`) leave their parts out."""
+    from selfcritique.evaluate import comparison_table  # numpy: a plan does without
+
     metrics = {name: artifact.metrics for name, artifact in done.items()}
     tables = {
         name: pl.read_parquet(done[f"eval_{name}"].path / "eval.parquet")
