@@ -15,7 +15,7 @@ def test_every_benchmark_has_its_file() -> None:
 
 
 def test_ratio_is_of_paired_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ours takes 1, 2, ..., 8 seconds and the baseline 10 each: after the warm-up 10/2 to 10/8, median 10/5."""
+    """Ours takes 1 to 8 seconds, the baseline 10 each: after the warm-up 10/2 to 10/8, median 10/5."""
     times = iter([x for i in range(1, 9) for x in (float(i), 10.0)])
     monkeypatch.setattr(run, "_seconds", lambda _: next(times))
     found = run.speed_ratio(lambda: None, lambda: None, "peer")

@@ -17,7 +17,11 @@ LOADS_OBJECTS = {("pickle", "load"), ("pickle", "loads"), ("torch", "load"), ("j
 
 @pytest.mark.parametrize(
     "command",
-    [("ruff", "check", "src", "tests"), ("ruff", "format", "--check", "src", "tests"), ("mypy",)],
+    [
+        ("ruff", "check", "src", "tests", "benchmarks"),
+        ("ruff", "format", "--check", "src", "tests", "benchmarks"),
+        ("mypy",),
+    ],
     ids=" ".join,
 )
 def test_tools_pass(command: tuple[str, ...]) -> None:
