@@ -33,6 +33,7 @@ _failed: list[str] = []  # points of this process that stopped with an error
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; exits non-zero if anything failed."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    _failed.clear()
     try:
         if not words or words[0] in ("-h", "--help", "help"):
             print(_help())
@@ -76,6 +77,7 @@ def _hydra(words: list[str]) -> None:
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     from selfcritique.config import register
 
@@ -88,29 +90,27 @@ def _hydra(words: list[str]) -> None:
             hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(_point)()
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error)) from None
+    except YAMLError as error:  # names the file and the line
+        raise UserError(f"A settings file is no valid YAML: {error}") from None
 
 
 def _explain(error: BaseException) -> str:
-    """A composition error with the names that would have been right."""
-    from selfcritique.config import RunConfig, field_names
-
-    lines = [
-        line
-        for line in str(error).splitlines()
-        if not line.strip().startswith(("reference_type", "object_type"))
-    ]
+    """A composition error with its cause and the names that would have been right."""
+    lines = str(error).splitlines()
     cause: BaseException | None = error
-    while cause is not None:
-        key = getattr(cause, "full_key", None)
-        if key:
-            allowed = field_names(RunConfig, str(key).split(".")[:-1])
-            close = get_close_matches(str(key).split(".")[-1], allowed, n=1)
-            if str(key).split(".")[-1] not in allowed and allowed:
-                hint = f"did you mean {close[0]}? " if close else ""
-                lines.append(f"{key}: {hint}There are: {', '.join(allowed)}.")
-                break
+    while cause is not None and getattr(cause, "full_key", None) is None:
         cause = cause.__cause__ or cause.__context__
-    return "\n".join(lines)
+    if cause is not None:
+        lines.append(f"{cause.full_key}: {str(cause).splitlines()[0]}")  # type: ignore[attr-defined]
+        allowed = sorted(getattr(getattr(cause, "object_type", None), "__dataclass_fields__", {}))
+        key = str(getattr(cause, "key", ""))
+        if allowed and key not in allowed:
+            close = get_close_matches(key, allowed, n=1)
+            hint = f"Did you mean {close[0]}? " if close else ""
+            lines.append(f"{hint}There are: {', '.join(allowed)}.")
+    noise = ("reference_type", "object_type", "full_key", "To append")
+    kept = [line for line in lines if not line.strip().startswith(noise)]
+    return "\n".join(dict.fromkeys(kept))
 
 
 def _point(composed: Any) -> None:
@@ -200,6 +200,8 @@ def _store(words: list[str]) -> None:
     if not root.is_dir():
         raise UserError(f"There is no store at {root.absolute()}; name it with --store.")
     store = Store(root)
+    if options.action in ("pin", "unpin") and not options.key:
+        raise UserError(f"store {options.action} wants one or more keys; `selfcritique store ls` lists them.")
     if options.action == "gc":
         freed = store.gc(set(options.key), dry_run=not options.all)
         print(f"{freed / 2**20:.1f} MiB {'freed' if options.all else 'would be freed; add --all to delete'}")

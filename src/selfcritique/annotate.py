@@ -24,7 +24,7 @@ from selfcritique.records import Problem
 VOCABULARY = (
     "1 ok\n2 wrong: 3 is not given\n3 wrong: not a step to the answer\n4 wrong: no value\n",
     "Response\nReference 1\nCheck\nScore\nAnswer none, reference 1: same\nAnswer 1, reference 1: different",
-    "Score: 10",
+    "Result same\nScore: 10",
 )
 
 _NUMBER = r"\d[\d,]*(?:\.\d+)?"
@@ -161,9 +161,12 @@ def annotate(problem: Problem, response: str) -> Annotation:
     final = extract(response)
     correct = compare(problem.answer, final) is Verdict.correct
     flaws = check_steps(problem, response, correct)
-    # The comparison comes first: whoever knows the result is wrong looks for the step that made it so.
-    lines = [f"Answer {final or 'none'}, reference {problem.answer}: {'same' if correct else 'different'}"]
+    # The comparison comes first: whoever knows the result is wrong looks for the step that made it so. It
+    # stands once more before the score, so that the score follows from what is next to it.
+    result = "same" if correct else "different"
+    lines = [f"Answer {final or 'none'}, reference {problem.answer}: {result}"]
     lines += [f"{i} ok" if flaw is None else f"{i} wrong: {flaw}" for i, flaw in enumerate(flaws, 1)]
+    lines.append(f"Result {result}")
     score = score_of(flaws, correct)
     first = next((i for i, flaw in enumerate(flaws, 1) if flaw is not None), None)
     return Annotation(score, "\n".join([*lines, f"Score: {score}"]), first, len(flaws), correct)
@@ -288,12 +291,16 @@ def _renumber(text: str, changed: Mapping[Fraction, Fraction]) -> str:
 
 
 def corruptions(right: Sequence[tuple[Problem, str]], rate: float, rng: Random) -> list[tuple[Problem, str]]:
-    """`rate` corrupted copies of each right (problem, response), each with one error of a random kind."""
+    """`rate` corrupted copies of each right (problem, response), each with one error.
+
+    Half of them have nothing wrong but the final answer: a critic that overlooks the wrong step must still
+    score by the result, and sampled answers hardly ever teach it that.
+    """
     made = []
     for problem, response in right:
         solved = replace(problem, reference=response)
         for _ in range(int(rate) + (rng.random() < rate % 1)):
-            found = corrupt(solved, rng.choice(KINDS), rng)
+            found = corrupt(solved, "final" if rng.random() < 0.5 else rng.choice(KINDS), rng)
             if found is not None:
                 made.append((problem, found.text))
     return made
@@ -307,6 +314,17 @@ def answers_only(problems: Sequence[Problem], rate: float, rng: Random) -> list[
             other = problem if rng.random() < 0.5 else rng.choice(problems)
             made.append((problem, f"#### {other.answer}"))
     return made
+
+
+def comparisons(largest: int, n: int, rng: Random) -> list[tuple[str, str]]:
+    """`n` drills, (prompt, response): pairs of numbers to copy and compare, half of them the same."""
+    drills = []
+    numbers = range(1, largest + 1)
+    for _ in range(n):
+        pairs = [(a, a if rng.random() < 0.5 else rng.choice(numbers)) for a in rng.choices(numbers, k=8)]
+        lines = [f"Answer {a}, reference {b}: {'same' if a == b else 'different'}" for a, b in pairs]
+        drills.append(("Compare\n" + "\n".join(f"{a} {b}" for a, b in pairs), "\n".join(lines)))
+    return drills
 
 
 # ---- balance -------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import hashlib
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -25,11 +25,16 @@ def pending(owner: Any) -> bool:
     return any(getattr(owner, f.name) == MISSING for f in fields(owner))
 
 
-def check(owner: object, **faults: bool) -> None:
-    """Raise one UserError that names each field whose fault is true, with its value."""
-    named = [f"{name}={getattr(owner, name)!r}" for name, fault in faults.items() if fault]
+def check(owner: object, **faults: bool | str) -> None:
+    """Raise one UserError that names each field at fault, its value and what it must be (the fault)."""
+    named = [f"{name}={getattr(owner, name)!r} must be {fault}" for name, fault in faults.items() if fault]
     if named:
-        raise UserError(f"{type(owner).__name__}: out of range: " + ", ".join(named))
+        raise UserError(f"{type(owner).__name__}: " + "; ".join(named))
+
+
+def _how(default: Any) -> Any:
+    """A field that changes where things lie or how fast a result is reached: no part of any key."""
+    return field(default=default, metadata={"key": False})
 
 
 def _content(default: str) -> Any:
@@ -104,9 +109,9 @@ class SourceConfig:
     def __post_init__(self) -> None:
         check(
             self,
-            weight=self.weight <= 0,
-            limit=self.limit < 8,
-            path=self.source == Source.jsonl and not self.path,
+            weight=self.weight <= 0 and "above 0",
+            limit=self.limit < 8 and "at least 8",
+            path=self.source == Source.jsonl and not self.path and "a JSONL file or its folder",
         )
 
 
@@ -124,7 +129,7 @@ class SplitsConfig:
 
     def __post_init__(self) -> None:
         if not pending(self):
-            check(self, **{f.name: getattr(self, f.name) < 1 for f in fields(self)})
+            check(self, **{f.name: getattr(self, f.name) < 1 and "at least 1" for f in fields(self)})
 
 
 @dataclass
@@ -159,37 +164,55 @@ class TrainConfig:
             return
         check(
             self,
-            lr=self.lr <= 0,
-            epochs=self.epochs <= 0,
-            batch_size=self.batch_size < 1,
-            warmup_ratio=not 0 <= self.warmup_ratio < 1,
-            grad_clip=self.grad_clip < 0,
+            lr=self.lr <= 0 and "above 0",
+            epochs=self.epochs <= 0 and "above 0",
+            batch_size=self.batch_size < 1 and "at least 1",
+            warmup_ratio=not 0 <= self.warmup_ratio < 1 and "at least 0 and below 1",
+            grad_clip=self.grad_clip < 0 and "at least 0",
         )
+
+
+class Accelerator(StrEnum):
+    cpu = "cpu"
+    gpu = "gpu"
+    auto = "auto"
 
 
 class Precision(StrEnum):
     fp32 = "fp32"
-    bf16 = "bf16"
+    bf16 = "bf16"  # autocast; weights, optimiser and losses stay fp32
+    fp64 = "fp64"  # to tell a fault from rounding
 
 
-def _how(default: Any) -> Any:
-    """A field that changes how fast a result is reached, not the result: no part of any key."""
-    return field(default=default, metadata={"key": False})
+class Strategy(StrEnum):
+    single = "single"
+    ddp = "ddp"  # a replica per process
+    fsdp = "fsdp"  # weights, gradients and optimiser state in shards (FSDP2)
 
 
 @dataclass
 class TrainerConfig:
     """The machine's side of training: `trainer=cpu|gpu|ddp|fsdp`."""
 
-    accelerator: str = _how("cpu")  # cpu | gpu | auto
+    accelerator: Accelerator = _how(Accelerator.cpu)
+    strategy: Strategy = _how(Strategy.single)
+    processes: int = _how(1)  # of ddp and fsdp
     precision: Precision = Precision.fp32
     micro_tokens: int = _how(4096)  # padded tokens per forward; larger batches are accumulated
     gradient_checkpointing: bool = _how(False)
     checkpoint_every_s: float = _how(60.0)
+    loader_workers: int = _how(0)  # processes that prepare batches
     max_length: int = 512  # tokens of prompt and response; longer examples are dropped and counted
 
     def __post_init__(self) -> None:
-        check(self, micro_tokens=self.micro_tokens < 1, max_length=self.max_length < 2)
+        check(
+            self,
+            micro_tokens=self.micro_tokens < 1 and "at least 1",
+            loader_workers=self.loader_workers < 0 and "at least 0",
+            processes=(self.processes < 1 and "at least 1")
+            or (self.strategy is Strategy.single and self.processes > 1 and "1 with strategy=single"),
+            max_length=self.max_length < 2 and "at least 2",
+        )
 
 
 class PromptStyle(StrEnum):
@@ -206,9 +229,16 @@ class TinyConfig:
     hidden_size: int = 96
     intermediate_size: int = 256
     layers: int = 3
+    drills: float = 0.1  # texts of eight numbers to copy and compare, per reference solution
 
     def __post_init__(self) -> None:
-        check(self, hidden_size=self.hidden_size % 32 != 0 or self.hidden_size < 32, layers=self.layers < 1)
+        heads = self.hidden_size % 32 == 0 and self.hidden_size > 0
+        check(
+            self,
+            hidden_size=not heads and "a multiple of 32",
+            layers=self.layers < 1 and "at least 1",
+            drills=self.drills < 0 and "at least 0",
+        )
 
 
 @dataclass
@@ -232,7 +262,7 @@ class EngineConfig:
     device: str = _how("cpu")
 
     def __post_init__(self) -> None:
-        check(self, max_batch_tokens=self.max_batch_tokens < 1)
+        check(self, max_batch_tokens=self.max_batch_tokens < 1 and "at least 1")
 
 
 @dataclass
@@ -243,7 +273,19 @@ class SamplingConfig:
     temperature: float = MISSING
     max_tokens: int = 64
     top_p: float = 1.0
-    top_k: int = 0
+    top_k: int = 0  # 0: all
+
+    def __post_init__(self) -> None:
+        if pending(self):
+            return
+        check(
+            self,
+            n=self.n < 1 and "at least 1",
+            temperature=self.temperature < 0 and "at least 0",
+            max_tokens=self.max_tokens < 1 and "at least 1",
+            top_p=not 0 < self.top_p <= 1 and "above 0 and at most 1",
+            top_k=self.top_k < 0 and "at least 0",
+        )
 
 
 @dataclass
@@ -252,7 +294,7 @@ class AnnotatorConfig:
     path: str = _content("")  # kind=file: CSV with response_id and score, optional analysis
 
     def __post_init__(self) -> None:
-        check(self, path=self.kind == Annotator.file and not self.path)
+        check(self, path=self.kind == Annotator.file and not self.path and "a CSV file (kind=file)")
 
 
 @dataclass
@@ -261,7 +303,7 @@ class GateConfig:
     on_fail: OnFail = OnFail.stop
 
     def __post_init__(self) -> None:
-        check(self, min=not 0 <= self.min <= 1)
+        check(self, min=not 0 <= self.min <= 1 and "from 0 to 1")
 
 
 @dataclass
@@ -274,6 +316,14 @@ class CriticDataConfig:
     balance: dict[str, float] = field(default_factory=dict)  # share of each band: low, mid, high, top
     score_only: float = 0.1  # share of examples that teach the logit mode
     max_examples: int = 0  # 0: all that the balance allows
+
+    def __post_init__(self) -> None:
+        check(
+            self,
+            corruptions=self.corruptions < 0 and "at least 0",
+            score_only=not 0 <= self.score_only <= 1 and "from 0 to 1",
+            max_examples=self.max_examples < 0 and "at least 0",
+        )
 
 
 @dataclass
@@ -288,7 +338,13 @@ class AskConfig:
     max_parse_failures: float = _how(0.2)  # a run with a larger share stops
 
     def __post_init__(self) -> None:
-        check(self, samples=self.samples < 1, max_parse_failures=not 0 <= self.max_parse_failures <= 1)
+        check(
+            self,
+            samples=self.samples < 1 and "at least 1",
+            temperature=self.temperature < 0 and "at least 0",
+            max_tokens=self.max_tokens < 1 and "at least 1",
+            max_parse_failures=not 0 <= self.max_parse_failures <= 1 and "from 0 to 1",
+        )
 
 
 @dataclass
@@ -336,11 +392,12 @@ class SelectConfig:
     def __post_init__(self) -> None:
         check(
             self,
-            threshold=not 1 <= self.threshold <= 10,
-            cap_per_question=self.cap_per_question < 0,
-            accept_rate_min=not 0 <= self.accept_rate_min <= self.accept_rate_max,
-            accept_rate_max=self.accept_rate_max > 1,
-            fixed_yield=self.fixed_yield is not None and self.fixed_yield < 1,
+            threshold=not 1 <= self.threshold <= 10 and "from 1 to 10",
+            cap_per_question=self.cap_per_question < 0 and "at least 0 (0: no cap)",
+            accept_rate_min=not 0 <= self.accept_rate_min <= self.accept_rate_max
+            and "from 0 to accept_rate_max",
+            accept_rate_max=self.accept_rate_max > 1 and "at most 1",
+            fixed_yield=self.fixed_yield is not None and self.fixed_yield < 1 and "at least 1 or null",
         )
 
 
@@ -363,10 +420,10 @@ class PairConfig:
     def __post_init__(self) -> None:
         check(
             self,
-            threshold=not 1 <= self.threshold <= 10,
-            margin=self.margin <= 0,
-            max_per_question=self.max_per_question < 1,
-            max_length_ratio=self.max_length_ratio < 1,
+            threshold=not 1 <= self.threshold <= 10 and "from 1 to 10",
+            margin=self.margin <= 0 and "above 0",
+            max_per_question=self.max_per_question < 1 and "at least 1",
+            max_length_ratio=self.max_length_ratio < 1 and "at least 1",
         )
 
 
@@ -400,13 +457,22 @@ class DpoLossConfig:
     lam_on: LamOn = LamOn.dpo
     sft_norm: SftNorm = SftNorm.token
     kind: PreferenceLoss = PreferenceLoss.sigmoid
-    label_smoothing: float = 0.0  # cDPO: probability that a label is flipped
+    label_smoothing: float = 0.0  # cDPO: probability that a label is flipped; kind=sigmoid only
+    gradients_every: int = (
+        0  # steps between two looks at the terms' own gradients, which cost a step; 0: none
+    )
 
     def __post_init__(self) -> None:
         if pending(self):
             return
+        limit = 0.5 if self.kind is PreferenceLoss.sigmoid else 1e-12
         check(
-            self, lam=self.lam < 0, beta=self.beta <= 0, label_smoothing=not 0 <= self.label_smoothing < 0.5
+            self,
+            lam=self.lam < 0 and "at least 0",
+            beta=self.beta <= 0 and "above 0",
+            label_smoothing=not 0 <= self.label_smoothing < limit
+            and ("at least 0 and below 0.5" if limit == 0.5 else "0 (only kind=sigmoid smooths labels)"),
+            gradients_every=self.gradients_every < 0 and "at least 0",
         )
 
 
@@ -418,6 +484,9 @@ class RftConfig:
     select: SelectConfig = field(default_factory=SelectConfig)
     mix: float = 1.0  # copies of the original SFT data mixed in; 0 where there is none
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        check(self, mix=self.mix < 0 and "at least 0")
 
 
 @dataclass
@@ -442,6 +511,13 @@ class EvalConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     bootstrap: int = 10_000
 
+    def __post_init__(self) -> None:
+        check(
+            self,
+            sampled_questions=self.sampled_questions < 0 and "at least 0",
+            bootstrap=self.bootstrap < 1 and "at least 1",
+        )
+
 
 @dataclass
 class RoundsConfig:
@@ -449,7 +525,7 @@ class RoundsConfig:
     restart: Restart = Restart.base
 
     def __post_init__(self) -> None:
-        check(self, n=self.n < 1)
+        check(self, n=self.n < 1 and "at least 1")
 
 
 class Arm(StrEnum):
@@ -504,13 +580,25 @@ def to_run_config(composed: DictConfig) -> RunConfig:
         raise UserError(
             "These settings have no value: " + ", ".join(missing) + "; set them in an experiment file."
         )
-    try:
-        run = OmegaConf.to_object(composed)
-    except OmegaConfBaseException as error:
-        cause = error.__cause__
-        raise cause if isinstance(cause, UserError) else UserError(str(error).splitlines()[0]) from None
+    faults = _faults(composed, "")
+    if faults:
+        raise UserError("\n".join(faults))
+    run = OmegaConf.to_object(composed)
     assert isinstance(run, RunConfig)
     return run
+
+
+def _faults(node: Any, path: str) -> list[str]:
+    """What every part of a config finds wrong with itself, each with where it stands."""
+    names = range(len(node)) if OmegaConf.is_list(node) else list(node)
+    inner = {str(name): node[name] for name in names if OmegaConf.is_config(node[name])}
+    found = [f for name, part in inner.items() for f in _faults(part, f"{path}.{name}" if path else name)]
+    if not found:
+        try:
+            OmegaConf.to_object(node)
+        except (UserError, OmegaConfBaseException) as error:
+            found.append(f"{path}: {error}" if path else str(error))
+    return found
 
 
 def key_part(config: Any) -> Any:
@@ -545,15 +633,3 @@ def content_digest(path: str) -> str:
             name = file.name if place.is_dir() else ""
             digest.update(f"{name}:{hashlib.file_digest(data, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()[:16]
-
-
-def field_names(owner: type, path: list[str]) -> list[str]:
-    """The settings that stand at a dotted path of the schema; none where it leads out of it."""
-    hints = get_type_hints(owner)
-    for name in path:
-        kinds = get_args(hints.get(name)) or (hints.get(name),)
-        inner = next((kind for kind in kinds if is_dataclass(kind)), None)
-        if inner is None:
-            return []
-        hints = get_type_hints(inner)
-    return list(hints)

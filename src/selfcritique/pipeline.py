@@ -14,15 +14,19 @@ from typing import Any
 from selfcritique import stages
 from selfcritique.artifacts import Artifact, Store, artifact_key
 from selfcritique.config import (
+    Annotator,
     Arm,
     OnFail,
     Pool,
     Restart,
     RunConfig,
     SamplingConfig,
+    SplitsConfig,
+    TrainConfig,
     content_digest,
     key_part,
 )
+from selfcritique.data.sources import files
 from selfcritique.errors import UserError
 from selfcritique.progress import Progress, duration
 from selfcritique.records import Split
@@ -42,19 +46,19 @@ class Stage:
 
 PROBLEMS = Stage(stages.problems, 1)
 SOLUTIONS = Stage(stages.reference_solutions, 1)
-TINY_BASE = Stage(stages.tiny_base, 1)
+TINY_BASE = Stage(stages.tiny_base, 3)
 CHECKPOINT = Stage(stages.checkpoint, 1)
-SFT = Stage(stages.sft, 1)
+SFT = Stage(stages.sft, 2)
 SAMPLE = Stage(stages.sample, 1)
-CRITIC_DATA = Stage(stages.critic_data, 1)
+CRITIC_DATA = Stage(stages.critic_data, 2)
 SCORE = Stage(stages.score, 1)
-CARD = Stage(stages.card, 1)
-SELECT = Stage(stages.select, 1)
+CARD = Stage(stages.card, 2)
+SELECT = Stage(stages.select, 2)
 RFT_DATA = Stage(stages.rft_data, 1)
 MATCHED_DATA = Stage(stages.matched_data, 1)
-PAIRS = Stage(stages.pairs, 1)
-REFERENCE = Stage(stages.reference_logps, 1)
-DPO = Stage(stages.dpo, 1)
+PAIRS = Stage(stages.pairs, 2)
+REFERENCE = Stage(stages.reference_logps, 2)
+DPO = Stage(stages.dpo, 2)
 EVALUATE = Stage(stages.evaluate, 1)
 
 
@@ -88,7 +92,7 @@ class Graph:
         """A node whose `seed`, if its config has one, derives from the run's seed and its name."""
         first = self.run.seed_from
         varies = not first or name == first or any(node.varies for node in inputs.values())
-        if is_dataclass(config) and any(f.name == "seed" for f in fields(config)) and stage is not PROBLEMS:
+        if is_dataclass(config) and any(f.name == "seed" for f in fields(config)):
             config = replace(config, seed=stage_seed(self.run.seed if varies else 0, name))  # type: ignore[type-var]
         keys = {role: node.key for role, node in inputs.items()}
         key = artifact_key(stage.name, stage.version, key_part(config), keys)
@@ -134,13 +138,17 @@ def build(run: RunConfig) -> Graph:
             name, CARD, stages.Card(run.annotator), problems=problems, responses=responses, scored=scored
         )
 
-    problems = g.add("problems", PROBLEMS, run.data)
+    for source in run.data.mix:
+        files(source)  # a missing one is told of before anything runs
+    problems = g.add("problems", PROBLEMS, stages.Problems(run.data))
     solutions = None
     if run.model.sft is not None:
         solutions = g.add("solutions", SOLUTIONS, stages.ReferenceSolutions(style), problems=problems)
     base = _base(g, problems, solutions)
 
     pool = sample("critic_pool", base, Split.critic_train, run.critic.data.sampling)
+    if run.annotator.kind is Annotator.file and not Path(run.annotator.path).is_file():
+        raise UserError(f"annotator.path: there is no file {run.annotator.path}; give another one.")
     taught = stages.CriticData(run.critic.data, run.annotator, run.critic.ask.reference, style, 0)
     examples = g.add("critic_data", CRITIC_DATA, taught, problems=problems, responses=pool)
     start = _checkpoint(g, "critic_start", run.critic.model) if run.critic.model else base
@@ -197,7 +205,7 @@ def _base(g: Graph, problems: Node, solutions: Node | None) -> Node:
         return g.add("base", SFT, stages.Sft(run.model.sft, run.trainer, 0), model=start, examples=solutions)
     assert run.model.sft is not None and solutions is not None
     numbers = max(source.limit for source in run.data.mix)
-    config = stages.TinyBase(run.model.tiny, 3 * numbers, run.model.sft, run.trainer, 0)
+    config = stages.TinyBase(run.model.tiny, numbers, run.model.sft, run.trainer, 0)
     return g.add("base", TINY_BASE, config, examples=solutions)
 
 
@@ -235,6 +243,7 @@ class PlanRow:
     stage: str
     key: str
     hit: bool
+    work: str  # how much there is to do, where the config says so
     bytes: int
     seconds: float | None  # of a hit: what it took; of a miss: the median of this stage in the store
 
@@ -251,8 +260,24 @@ def plan(graph: Graph, store: Store, until: str = "") -> list[PlanRow]:
         found[node.name] = hit
         size = sum(f.stat().st_size for f in hit.path.rglob("*") if f.is_file()) if hit else 0
         seconds = hit.wall_s if hit else past.get(node.stage.name)
-        rows.append(PlanRow(node.name, node.stage.name, node.key, hit is not None, size, seconds))
+        work = _work(node, graph.run.data.splits)
+        rows.append(PlanRow(node.name, node.stage.name, node.key, hit is not None, work, size, seconds))
     return rows
+
+
+def _work(node: Node, splits: SplitsConfig) -> str:
+    if isinstance(node.config, stages.Sample):
+        return f"{_answers(node, splits):,} answers"
+    if isinstance(node.config, stages.Score):
+        return f"{_answers(node.inputs['responses'], splits) * node.config.ask.samples:,} critiques"
+    train = getattr(node.config, "train", None)
+    return f"{train.epochs:g} epochs" if isinstance(train, TrainConfig) else ""
+
+
+def _answers(node: Node, splits: SplitsConfig) -> int:
+    config: stages.Sample = node.config
+    size: int = getattr(splits, config.split.value)
+    return min(size, config.limit or size) * config.sampling.n
 
 
 def _past_seconds(store: Store, names: Iterable[str]) -> dict[str, float]:

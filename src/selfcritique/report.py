@@ -17,7 +17,6 @@ from rich.table import Table
 from selfcritique.artifacts import Artifact, write_json
 from selfcritique.config import RunConfig, key_part
 from selfcritique.diagnose import diagnose
-from selfcritique.evaluate import comparison_table
 from selfcritique.pipeline import Graph, PlanRow
 from selfcritique.progress import duration
 
@@ -28,6 +27,8 @@ def summarise(
     run: RunConfig, graph: Graph, done: Mapping[str, Artifact], commit: str, total_s: float
 ) -> dict[str, Any]:
     """The run's summary; stages that did not run (`until`) leave their parts out."""
+    from selfcritique.evaluate import comparison_table  # numpy: a plan does without
+
     metrics = {name: artifact.metrics for name, artifact in done.items()}
     tables = {
         name: pl.read_parquet(done[f"eval_{name}"].path / "eval.parquet")
@@ -196,12 +197,13 @@ def _comparisons(rows: list[dict[str, Any]]) -> Table:
 def show_plan(rows: list[PlanRow], console: Console) -> None:
     """What a run would do, stage by stage."""
     table = Table(title="Plan: nothing is run", title_justify="left")
-    for column in ("stage", "key", "", "disk", "time"):
+    for column in ("stage", "key", "", "work", "disk", "time"):
         table.add_column(column, no_wrap=True)
     for row in rows:
         time = "?" if row.seconds is None else duration(row.seconds)
         disk = f"{row.bytes / 2**20:.1f} MiB" if row.hit else ""
-        table.add_row(row.name, row.key, "hit" if row.hit else "miss", disk, time if row.hit else f"~{time}")
+        state = "hit" if row.hit else "miss"
+        table.add_row(row.name, row.key, state, row.work, disk, time if row.hit else f"~{time}")
     console.print(table)
     missing = [row for row in rows if not row.hit]
     known = sum(row.seconds or 0.0 for row in missing)

@@ -62,7 +62,8 @@ def select_responses(pool: pl.LazyFrame, config: SelectConfig, seed: int) -> pl.
     rows = _judged(pool, config.by, seed)
     accepted = _usable() & (pl.col("score") >= config.threshold)
     if config.by is SelectBy.random:
-        accepted = ~pl.col("truncated") & (draw(seed).rank("ordinal") <= accepted.sum())
+        whole = pl.when(~pl.col("truncated")).then(draw(seed))
+        accepted = (whole.rank("ordinal") <= accepted.sum()).fill_null(False)
     rejection = (
         pl.when(accepted)
         .then(pl.lit(None, pl.String))
@@ -124,22 +125,8 @@ def build_pairs(pool: pl.LazyFrame, config: PairConfig, seed: int) -> pl.LazyFra
     best_worst and length_matched take a question's widest margins first, `all` draws among its pairs;
     selection=paper also takes equally many pairs from every question cluster.
     """
-    rows = _sides(pool, config, seed)
-    columns = ["response_id", "score", "n_tokens", "text_hash"]
-    above, below = pl.col("score") >= config.threshold, pl.col("score") < config.threshold
-    chosen = rows.filter(above).select("problem_id", "cluster", pl.col(columns).name.prefix("chosen_"))
-    rejected = rows.filter(below).select("problem_id", pl.col(columns).name.prefix("rejected_"))
-    pairs = chosen.join(rejected, on="problem_id").with_columns(
-        margin=pl.col("chosen_score") - pl.col("rejected_score")
-    )
-    pairs = pairs.filter(
-        pl.col("margin") >= config.margin, pl.col("chosen_text_hash") != pl.col("rejected_text_hash")
-    )
-    if config.strategy is PairStrategy.length_matched:
-        lengths = pl.col("chosen_n_tokens") / pl.col("rejected_n_tokens")
-        pairs = pairs.filter(lengths.is_between(1 / config.max_length_ratio, config.max_length_ratio))
     chance = draw(seed, "chosen_response_id") ^ draw(seed + 1, "rejected_response_id")
-    pairs = pairs.with_columns(chance=chance)
+    pairs = _candidates(_weighed(pool, config, seed), config).with_columns(chance=chance)
     order = ["chance"] if config.strategy is PairStrategy.all else ["margin", "chance"]
     pairs = pairs.sort("problem_id", *order, descending=[False, *(name == "margin" for name in order)])
     pairs = pairs.filter(pl.int_range(pl.len()).over("problem_id") < config.max_per_question)
@@ -158,38 +145,61 @@ def build_pairs(pool: pl.LazyFrame, config: PairConfig, seed: int) -> pl.LazyFra
     ).sort("pair_id")
 
 
-def _sides(pool: pl.LazyFrame, config: PairConfig, seed: int) -> pl.LazyFrame:
+def _weighed(pool: pl.LazyFrame, config: PairConfig, seed: int) -> pl.LazyFrame:
+    """The pool with the scores that pairs go by."""
     rows = _judged(pool, config.by, seed)
     if config.by is SelectBy.random:
         rows = rows.with_columns(score=1 + 9 * (draw(seed + 3) % 2**32) / 2**32)
-    return rows.filter(_usable())
+    return rows
 
 
-def pair_reasons(pool: pl.LazyFrame, pairs: pl.LazyFrame, config: PairConfig) -> pl.LazyFrame:
+def _candidates(rows: pl.LazyFrame, config: PairConfig) -> pl.LazyFrame:
+    """Every pair that may be taken: across the threshold, far enough apart, other texts, matching lengths."""
+    columns = ["response_id", "score", "n_tokens", "text_hash"]
+    rows, above = rows.filter(_usable()), pl.col("score") >= config.threshold
+    chosen = rows.filter(above).select("problem_id", "cluster", pl.col(columns).name.prefix("chosen_"))
+    rejected = rows.filter(~above).select("problem_id", pl.col(columns).name.prefix("rejected_"))
+    difference = pl.col("chosen_score") - pl.col("rejected_score")
+    pairs = chosen.join(rejected, on="problem_id").with_columns(
+        margin=difference.round(9)  # means of several critiques: 26/3 - 20/3 is 2
+    )
+    pairs = pairs.filter(
+        pl.col("margin") >= config.margin, pl.col("chosen_text_hash") != pl.col("rejected_text_hash")
+    )
+    if config.strategy is PairStrategy.length_matched:
+        lengths = pl.col("chosen_n_tokens") / pl.col("rejected_n_tokens")
+        pairs = pairs.filter(lengths.is_between(1 / config.max_length_ratio, config.max_length_ratio))
+    return pairs
+
+
+def pair_reasons(pool: pl.LazyFrame, pairs: pl.LazyFrame, config: PairConfig, seed: int) -> pl.LazyFrame:
     """Per response its `role` in the pairs (chosen, rejected, none) and why: paired, unparsed, truncated,
-    no_partner (no other response of the question lies across the threshold, far enough), over_cap."""
-    roles = pl.concat([
-        pairs.select(response_id="chosen_id", role=pl.lit("chosen")),
-        pairs.select(response_id="rejected_id", role=pl.lit("rejected")),
-    ]).unique("response_id")  # fmt: skip
-    rows = pool.join(roles, on="response_id", how="left").with_columns(pl.col("role").fill_null("none"))
-    usable = pl.col("score").filter(_usable())
-    lowest, highest = usable.min().over("problem_id"), usable.max().over("problem_id")
-    above = pl.col("score") >= config.threshold
-    far = pl.when(above).then(pl.col("score") - lowest).otherwise(highest - pl.col("score"))
-    across = pl.when(above).then(lowest < config.threshold).otherwise(highest >= config.threshold)
+    no_partner (no other response of the question may be paired with it), over_cap (of the question, or with
+    selection=paper of the cluster)."""
+
+    def sides(table: pl.LazyFrame, chosen: str, rejected: str) -> pl.LazyFrame:
+        parts = ((chosen, "chosen"), (rejected, "rejected"))
+        return pl.concat([table.select(response_id=i, role=pl.lit(r)) for i, r in parts]).unique(
+            "response_id"
+        )
+
+    rows = _weighed(pool, config, seed)
+    possible = sides(_candidates(rows, config), "chosen_response_id", "rejected_response_id")
+    rows = rows.join(sides(pairs, "chosen_id", "rejected_id"), on="response_id", how="left").join(
+        possible.rename({"role": "possible"}), on="response_id", how="left"
+    )
     reason = (
-        pl.when(pl.col("role") != "none")
+        pl.when(pl.col("role").is_not_null())
         .then(pl.lit("paired"))
         .when(pl.col("score").is_null())
         .then(pl.lit("unparsed"))
         .when("truncated")
         .then(pl.lit("truncated"))
-        .when(across & (far >= config.margin))
+        .when(pl.col("possible").is_not_null())
         .then(pl.lit("over_cap"))
         .otherwise(pl.lit("no_partner"))
     )
-    return rows.select("response_id", "role", reason=reason).sort("response_id")
+    return rows.select("response_id", pl.col("role").fill_null("none"), reason=reason).sort("response_id")
 
 
 # ---- reports -------------------------------------------------------------------------------------------
@@ -215,6 +225,7 @@ def selection_report(selected: pl.LazyFrame) -> dict[str, Any]:
         right=(pl.col("selected") & correct).sum(),
         right_accepted=(accepted & correct).sum(),
         correct_texts=text.filter(correct).n_unique(),
+        correct_texts_selected=text.filter(pl.col("selected") & correct).n_unique(),
     ).collect()
     f = figures.row(0, named=True)
     reasons = selected.group_by("reason").len().sort("reason").collect()
@@ -228,7 +239,7 @@ def selection_report(selected: pl.LazyFrame) -> dict[str, Any]:
         "diversity": _share(f["equation_lists"], f["accepted"]),
         "precision": _share(f["right"], f["selected"]),
         "precision_accepted": _share(f["right_accepted"], f["accepted"]),
-        "recall": _share(f["right"], f["correct_texts"]),
+        "recall": _share(f["correct_texts_selected"], f["correct_texts"]),
         "reasons": dict(reasons.iter_rows()),
     }
 

@@ -49,11 +49,16 @@ GROUPS = ("source", "family", "register", "difficulty")  # columns that results 
 # ---- problems ------------------------------------------------------------------------------------------
 
 
-def problems(config: DataConfig, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
+@dataclass
+class Problems:
+    data: DataConfig
+
+
+def problems(config: Problems, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
     """problems.parquet: every split's problems."""
     from selfcritique.data.splits import build_splits
 
-    table, counts = build_splits(config)
+    table, counts = build_splits(config.data)
     table.write_parquet(out / "problems.parquet")
     if counts["removed_from_training"]:
         progress.close(
@@ -117,7 +122,15 @@ class CriticData:
 
 def critic_data(config: CriticData, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
     """What the critic learns from: sampled answers and corruptions of right ones, balanced by band."""
-    from selfcritique.annotate import Marked, annotate, annotator, answers_only, balance, band, corruptions
+    from selfcritique.annotate import (
+        Marked,
+        annotate,
+        annotator,
+        answers_only,
+        balance,
+        band,
+        corruptions,
+    )
 
     rng = Random(config.seed)
     by_id = {p.id: p for p in load_problems(inputs["problems"], Split.critic_train)}
@@ -153,8 +166,8 @@ def critic_data(config: CriticData, inputs: Inputs, out: Path, progress: Progres
                 "corrupted": response_id == "",
             }
         )
-    _write_examples(rows, out)
     scores = pl.DataFrame(rows).group_by("score").len().sort("score")
+    _write_examples(rows, out)
     return {
         "marked": len(marked),
         "examples": len(rows),
@@ -248,21 +261,27 @@ def _prompt(content: str) -> Prompt:
 @dataclass
 class TinyBase:
     tiny: TinyConfig
-    numbers: int  # largest number that is one token
+    numbers: int  # largest in the problems; up to three times as much is one token
     train: TrainConfig
     trainer: TrainerConfig
     seed: int
 
 
 def tiny_base(config: TinyBase, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
-    """The embedded default: tokenizer and model made here, trained on the reference solutions."""
-    from selfcritique.annotate import VOCABULARY
+    """The embedded default: tokenizer and model made here, trained on the reference solutions.
+
+    Beside them it learns to copy and compare numbers, as any pretrained model can: a critic that has to
+    learn this too needs several times the training.
+    """
+    from selfcritique.annotate import VOCABULARY, comparisons
     from selfcritique.train.tiny import build_tokenizer, save_tiny
 
-    rows = pl.read_parquet(inputs["examples"].path / "examples.parquet")
+    rows = pl.read_parquet(inputs["examples"].path / "examples.parquet").select("prompt", "response")
+    drills = comparisons(config.numbers, round(config.tiny.drills * rows.height), Random(config.seed))
+    rows = pl.concat([rows, pl.DataFrame(drills, schema=rows.schema, orient="row")])
     init = out / "scratch" / "init"
     if not (init / "config.json").exists():
-        tokenizer = build_tokenizer([*rows["prompt"], *rows["response"]], VOCABULARY, config.numbers)
+        tokenizer = build_tokenizer([*rows["prompt"], *rows["response"]], VOCABULARY, 3 * config.numbers)
         save_tiny(config.tiny, tokenizer, config.seed, init)
     return _fit_sft(config.train, config.trainer, init, rows, out, config.seed, progress)
 
@@ -610,7 +629,7 @@ def pairs(config: Pairs, inputs: Inputs, out: Path, progress: Progress) -> Metri
     pool = _pool(inputs)
     built = build_pairs(pool, config.build, config.seed).collect()
     built.write_parquet(out / "pairs.parquet")
-    reasons = pair_reasons(pool, built.lazy(), config.build).collect()
+    reasons = pair_reasons(pool, built.lazy(), config.build, config.seed).collect()
     reasons.write_parquet(out / "reasons.parquet")
     if not built.height:
         raise UserError(

@@ -1,7 +1,7 @@
 """Where problems come from: generated, GSM8K, or any JSONL. Each source yields (training, test) streams."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from selfcritique.answers import extract
@@ -28,11 +28,20 @@ def streams(config: SourceConfig, seed: int) -> tuple[Iterator[Problem], Iterato
 
 def _generated(config: SourceConfig, seed: int) -> tuple[Iterator[Problem], Iterator[Problem]]:
     families = tuple(config.families) or tuple(word_problems.FAMILIES)
-    unknown = {*families, *config.test_families} - set(word_problems.FAMILIES)
-    if unknown:
-        raise UserError(
-            f"data.mix: unknown families {sorted(unknown)}; there are {', '.join(word_problems.FAMILIES)}."
-        )
+    steps = tuple(range(word_problems.MIN_STEPS, word_problems.MAX_STEPS + 1))
+    settings: tuple[tuple[str, Sequence[object], Sequence[object]], ...] = (
+        ("families", [*families, *config.test_families], tuple(word_problems.FAMILIES)),
+        ("registers", config.registers, word_problems.REGISTERS),
+        ("steps", config.steps, steps),
+    )
+    faults = []
+    for name, given, allowed in settings:
+        unknown = sorted(set(given) - set(allowed), key=str)
+        if unknown or not given:
+            there = ", ".join(map(str, allowed))
+            faults.append(f"no {name} {unknown or 'given'}; there are {there}")
+    if faults:
+        raise UserError("data.mix: " + ". ".join(faults) + ".")
 
     def stream(stream_seed: int, chosen: tuple[str, ...]) -> Iterator[Problem]:
         return word_problems.generate(
@@ -43,11 +52,24 @@ def _generated(config: SourceConfig, seed: int) -> tuple[Iterator[Problem], Iter
     return stream(seed, families), stream(seed + 1_000_003, held_out) if held_out else iter(())
 
 
-def _files(config: SourceConfig) -> tuple[Iterator[Problem], Iterator[Problem]]:
+def files(config: SourceConfig) -> list[Path]:
+    """The files that a source is read from: none, one, or those to train on and to test on."""
+    if not config.path or config.source is Source.word_problems:
+        return []
     path = Path(config.path).expanduser()
-    if path.is_dir():
-        return read_jsonl(path / "train.jsonl", config.source), read_jsonl(path / "test.jsonl", config.source)
-    return read_jsonl(path, config.source), iter(())
+    found = [path / "train.jsonl", path / "test.jsonl"] if path.is_dir() else [path]
+    for file in found:
+        if not file.is_file():
+            raise UserError(
+                f"data.mix: there is no file {file}; set data.mix[].path to a JSONL file or to a folder with "
+                "train.jsonl and test.jsonl."
+            )
+    return found
+
+
+def _files(config: SourceConfig) -> tuple[Iterator[Problem], Iterator[Problem]]:
+    train, *test = (read_jsonl(path, config.source) for path in files(config))
+    return train, test[0] if test else iter(())
 
 
 def _hub(config: SourceConfig) -> tuple[Iterator[Problem], Iterator[Problem]]:
@@ -69,19 +91,16 @@ def _hub(config: SourceConfig) -> tuple[Iterator[Problem], Iterator[Problem]]:
 
 def read_jsonl(path: Path, source: Source) -> Iterator[Problem]:
     """Problems of one file: `question`, `reference` (GSM8K: `answer` is the solution), optional others."""
-    if not path.is_file():
-        raise UserError(
-            f"data.mix: there is no file {path}; set data.mix[].path to a JSONL file or its folder."
-        )
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except ValueError as error:
+                cause = getattr(error, "msg", "not UTF-8")
                 raise UserError(
-                    f"{path}:{number}: not valid JSON ({error.msg}); mend or delete the line."
+                    f"{path}:{number}: not valid JSON ({cause}); mend or delete the line."
                 ) from None
             yield _problem(row, source, f"{path}:{number}")
 

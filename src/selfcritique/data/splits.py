@@ -4,6 +4,7 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import asdict, fields
+from itertools import accumulate, pairwise
 
 import polars as pl
 
@@ -24,13 +25,21 @@ def normalise(question: str) -> str:
 def build_splits(config: DataConfig) -> tuple[pl.DataFrame, dict[str, int]]:
     """Problems with their split, and counts: repeats dropped, test questions removed from training pools,
     near-duplicates (test questions that equal a training question up to the numbers)."""
-    total_weight = sum(source.weight for source in config.mix)
     seen: dict[str, str] = {}
     counts = {"repeats": 0, "removed_from_training": 0}
     rows: list[dict[str, object]] = []
-    for index, source in enumerate(config.mix):
-        sizes = _sizes(config, source.weight / total_weight)
-        rows += _one_source(source, sizes, config.seed + 7919 * index, seen, counts)
+    sizes = _sizes(config)
+    training = []
+    # Every test first: a question that stands in both, of whatever source, is removed from training.
+    for index, (source, wanted) in enumerate(zip(config.mix, sizes, strict=True)):
+        stream, test = streams(source, config.seed + 7919 * index)
+        taken = list(_take(test, Split.test, wanted[Split.test], seen, counts))
+        rows += taken or _all(stream, source, Split.test, wanted, seen, counts)
+        training.append(stream)
+    for stream, source, wanted in zip(training, config.mix, sizes, strict=True):
+        for split in Split:
+            if split is not Split.test:
+                rows += _all(stream, source, split, wanted, seen, counts)
     table = pl.DataFrame(rows)
     # Sources alternate within a split, so that the first n problems of a split are a mixture too.
     table = table.sort("split", pl.col("problem_id").hash(seed=0)) if len(config.mix) > 1 else table
@@ -38,32 +47,33 @@ def build_splits(config: DataConfig) -> tuple[pl.DataFrame, dict[str, int]]:
     return table, counts
 
 
-def _sizes(config: DataConfig, share: float) -> dict[Split, int]:
-    return {Split(f.name): round(getattr(config.splits, f.name) * share) for f in fields(SplitsConfig)}
+def _sizes(config: DataConfig) -> list[dict[Split, int]]:
+    """Each source's part of every split, by weight; the parts add up to the split."""
+    ends = list(accumulate(source.weight for source in config.mix))
+    shares = [end / ends[-1] for end in (0.0, *ends)]
+    splits = {Split(f.name): getattr(config.splits, f.name) for f in fields(SplitsConfig)}
+    return [
+        {split: round(size * end) - round(size * start) for split, size in splits.items()}
+        for start, end in pairwise(shares)
+    ]
 
 
-def _one_source(
-    source: SourceConfig, sizes: dict[Split, int], seed: int, seen: dict[str, str], counts: dict[str, int]
+def _all(
+    stream: Iterator[Problem],
+    source: SourceConfig,
+    split: Split,
+    sizes: dict[Split, int],
+    seen: dict[str, str],
+    counts: dict[str, int],
 ) -> list[dict[str, object]]:
-    training, test = streams(source, seed)
-    rows: list[dict[str, object]] = []
-    # Test first: a question that stands in both is kept there and removed from training.
-    test_rows = list(_take(test, Split.test, sizes[Split.test], seen, counts, finite_ok=True))
-    rows += test_rows
-    order = (
-        [s for s in Split if s is not Split.test]
-        if test_rows
-        else [Split.test, *(s for s in Split if s is not Split.test)]
-    )
-    for split in order:
-        taken = list(_take(training, split, sizes[split], seen, counts))
-        if len(taken) < sizes[split]:
-            raise UserError(
-                f"data: source {source.source.value} {source.path} has {len(taken)} problems left for split "
-                f"{split.value}, which wants {sizes[split]}. Lower data.splits.{split.value} or add problems."
-            )
-        rows += taken
-    return rows
+    """As many problems as the split wants of the source, or an error."""
+    taken = list(_take(stream, split, sizes[split], seen, counts))
+    if len(taken) < sizes[split]:
+        raise UserError(
+            f"data: source {source.source.value} {source.path} has {len(taken)} problems left for split "
+            f"{split.value}, which wants {sizes[split]}. Lower data.splits.{split.value} or add problems."
+        )
+    return taken
 
 
 def _take(
@@ -72,7 +82,6 @@ def _take(
     size: int,
     seen: dict[str, str],
     counts: dict[str, int],
-    finite_ok: bool = False,
 ) -> Iterator[dict[str, object]]:
     taken = repeats = 0
     while taken < size and repeats < MAX_REPEATS:

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from random import Random
 
+from selfcritique.errors import UserError
 from selfcritique.records import Problem
 
 NAMES = ("Tom", "Ann", "Sam", "Mia", "Ben", "Lily", "Max", "Eva", "Leo", "Zoe", "Jack", "Nora")
 ITEMS = ("apples", "pens", "cards", "shells", "books", "coins", "stamps", "marbles")
 REGISTERS = ("plain", "chatty")
-MAX_STEPS = 5
+MIN_STEPS, MAX_STEPS = 2, 5
+_MAX_TRIES = 100_000  # of one problem, after which there is none with such numbers
 
 _OPENERS = (
     "Hey, I need some help here.",
@@ -220,13 +222,18 @@ FAMILIES: dict[str, Callable[[_Story, int], str]] = {
 
 def make_problem(rng: Random, family: str, register: str, steps: int, limit: int) -> Problem:
     """One problem with exactly `steps` equations whose numbers lie in 1..limit."""
-    while True:
+    for _ in range(_MAX_TRIES):
         story = _Story(rng, limit)
         try:
             question = FAMILIES[family](story, steps)
         except _Retry:
             continue
         break
+    else:
+        raise UserError(
+            f"data.mix: found no problem of family {family} with {steps} steps and numbers up to {limit}; "
+            "raise data.mix[].limit, or leave that family or number of steps out."
+        )
     sentences = [*story.sentences, question]
     if register == "chatty":
         sentences = [rng.choice(_OPENERS), *sentences, rng.choice(_CLOSERS)]

@@ -1,60 +1,72 @@
 """Fit a model and leave a plain checkpoint; an interrupted fit goes on from its last saved step.
 
 OUT/                   model.safetensors, config, tokenizer: the result
-OUT/metrics.jsonl      one row per step
+OUT/metrics.jsonl      one row per step; no times, so that an equal run leaves equal bytes
 OUT/scratch/state.safetensors      weights, optimiser and generator state, the step: written aside
 """
 
 import json
 import logging
+import math
 import os
 import shutil
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import ModelParallelStrategy
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed import is_torchelastic_launched
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader, Dataset
 
 from selfcritique.artifacts import full_disk_is_user_error
-from selfcritique.config import DpoLossConfig, Precision, TrainConfig, TrainerConfig
+from selfcritique.config import DpoLossConfig, Precision, Strategy, TrainConfig, TrainerConfig
 from selfcritique.errors import UserError
 from selfcritique.train.batch import (
     Schedule,
+    Step,
     TokenBatch,
     TokenExample,
     TokenPair,
     collate,
     micro_batches,
+    micro_batches_of,
 )
+from selfcritique.train.launch import in_processes
 from selfcritique.train.loss import Denominators
-from selfcritique.train.model import load_model, save_model, token_logps
+from selfcritique.train.model import checkpoint_layers, load_model, save_model, token_logps
 from selfcritique.train.modules import DpoModule, NotFinite, Row, SftModule, _Module, last_means
 
 Progress = Callable[[int, int, Mapping[str, float] | None], None]
 _STATE = "state.safetensors"
 _ROWS = "metrics.jsonl"
+_DTYPES = {Precision.fp64: torch.float64}  # of the weights; fp32 otherwise, bf16 through autocast
+_LIGHTNING = {Precision.fp32: "32-true", Precision.bf16: "bf16-mixed", Precision.fp64: "64-true"}
+# How far log-probs of one model may differ between two batch shapes: relative, and nats per response.
+_SAME = {Precision.fp32: (1e-4, 1e-3), Precision.bf16: (1e-2, 0.5), Precision.fp64: (1e-9, 1e-9)}
 DPO_FIGURES = ("dpo_loss", "sft_loss", "rewards_margin", "rewards_accuracy", "chosen_logps_drift",
                "rejected_logps_drift", "chosen_length", "rejected_length")  # fmt: skip
 
 
 class _Steps(Dataset[Any]):
-    """One item per optimiser step: its micro-batches and the global batch's denominators."""
+    """One item per optimiser step, from `start` on."""
 
-    def __init__(self, schedule: Schedule, start: int, make: Callable[[list[int]], Any]) -> None:
+    def __init__(self, schedule: Schedule, start: int, make: Callable[[list[int]], Step]) -> None:
         self.schedule, self.start, self.make = schedule, start, make
 
     def __len__(self) -> int:
         return len(self.schedule) - self.start
 
-    def __getitem__(self, item: int) -> Any:
+    def __getitem__(self, item: int) -> Step:
         if item >= len(self):
             raise IndexError(item)
         return self.make(self.schedule[self.start + item])
@@ -70,17 +82,25 @@ def fit_sft(
     progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:
     """Train on `examples`; returns steps, tokens, speed, final loss and what was dropped."""
-    kept = _fitting(examples, trainer.max_length)
+    if trainer.processes > 1 and not is_torchelastic_launched():
+        arguments = (train, trainer, model_dir, examples, out, seed)
+        return in_processes("fit_sft", arguments, trainer.processes, out / "scratch", progress)
+    kept = [e for e in examples if e.length <= trainer.max_length]
+    if not kept:
+        raise UserError(
+            f"None of {len(examples)} examples has at most trainer.max_length={trainer.max_length} tokens."
+        )
     lengths = [e.length for e in kept]
 
-    def make(indices: list[int]) -> tuple[list[TokenBatch], Denominators]:
-        groups = micro_batches(indices, lengths, trainer.micro_tokens)
+    def make(indices: list[int]) -> Step:
+        groups, idle = micro_batches_of(*_rank(trainer), indices, lengths, trainer.micro_tokens)
         micros = [collate([(kept[i].prompt_ids, kept[i].response_ids) for i in g], 0) for g in groups]
-        return micros, Denominators(len(indices), sum(len(kept[i].response_ids) for i in indices))
+        whole = Denominators(len(indices), sum(len(kept[i].response_ids) for i in indices))
+        return Step(micros, whole, sum(lengths[i] for i in indices), idle)
 
     schedule = Schedule(lengths, train.batch_size, train.epochs, seed)
-    rows = _fit(SftModule, {}, train, trainer, model_dir, schedule, make, out, seed, progress)
-    return _report(rows, sum(lengths), train, len(examples) - len(kept)) | last_means(rows, ("loss",))
+    report = _fit(SftModule, {}, train, trainer, model_dir, schedule, make, out, seed, progress)
+    return report | {"dropped": len(examples) - len(kept)}
 
 
 def fit_dpo(
@@ -95,11 +115,9 @@ def fit_dpo(
     progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:
     """Train on `pairs` with the merged loss against precomputed reference log-probs."""
-    if len(reference.sums[0]) != len(pairs):
-        raise UserError(
-            f"The reference log-probs are for {len(reference.sums[0])} pairs, but there are {len(pairs)}: "
-            "they belong to other data; compute them again."
-        )
+    if trainer.processes > 1 and not is_torchelastic_launched():
+        whole = (train, loss, trainer, model_dir, pairs, reference, out, seed)
+        return in_processes("fit_dpo", whole, trainer.processes, out / "scratch", progress)
     kept = [i for i, pair in enumerate(pairs) if pair.length <= trainer.max_length]
     if not kept:
         raise UserError(
@@ -107,41 +125,26 @@ def fit_dpo(
         )
     lengths = [pairs[i].length for i in kept]
 
-    def make(indices: list[int]) -> tuple[list[tuple[TokenBatch, Tensor]], Denominators]:
-        groups = micro_batches(indices, lengths, trainer.micro_tokens, rows=2)
+    def make(indices: list[int]) -> Step:
         micros = []
+        groups, idle = micro_batches_of(*_rank(trainer), indices, lengths, trainer.micro_tokens, rows=2)
         for group in groups:
-            chosen = [kept[i] for i in group]
-            micros.append((_pair_batch([pairs[i] for i in chosen]), reference.sums[:, chosen]))
-        return micros, Denominators(len(indices), sum(len(pairs[kept[i]].chosen_ids) for i in indices))
+            members = [kept[i] for i in group]
+            micros.append((_pair_batch([pairs[i] for i in members]), reference.sums[:, members]))
+        members = [kept[i] for i in indices]
+        whole = Denominators(len(members), sum(len(pairs[i].chosen_ids) for i in members))
+        return Step(micros, whole, sum(pairs[i].tokens for i in members), idle)
 
     schedule = Schedule(lengths, train.batch_size, train.epochs, seed)
     _check_reference(trainer, model_dir, [kept[i] for i in schedule[0]], pairs, reference)
-    rows = _fit(DpoModule, {"loss": loss}, train, trainer, model_dir, schedule, make, out, seed, progress)
-    figures = last_means(rows, ("loss", *DPO_FIGURES))
-    return _report(rows, 2 * sum(lengths), train, len(pairs) - len(kept)) | figures
+    extra = {"loss": loss}
+    report = _fit(DpoModule, extra, train, trainer, model_dir, schedule, make, out, seed, progress)
+    return report | {"dropped": len(pairs) - len(kept)}
 
 
 def _pair_batch(pairs: Sequence[TokenPair]) -> TokenBatch:
     chosen = [(p.prompt_ids, p.chosen_ids) for p in pairs]
     return collate(chosen + [(p.prompt_ids, p.rejected_ids) for p in pairs], 0)
-
-
-def _fitting(examples: Sequence[TokenExample], limit: int) -> list[TokenExample]:
-    kept = [e for e in examples if e.length <= limit]
-    if not kept:
-        raise UserError(f"None of {len(examples)} examples has at most trainer.max_length={limit} tokens.")
-    return kept
-
-
-def _report(rows: Sequence[Row], epoch_tokens: int, train: TrainConfig, dropped: int) -> dict[str, Any]:
-    speeds = sorted(row["tokens_per_s"] for row in rows)
-    return {
-        "steps": len(rows),
-        "tokens": round(epoch_tokens * train.epochs),
-        "response_tokens_per_s": speeds[len(speeds) // 2],
-        "dropped": dropped,
-    }
 
 
 # ---- the reference -------------------------------------------------------------------------------------
@@ -168,26 +171,32 @@ class ReferenceLogps:
 def reference_logps(
     trainer: TrainerConfig, model_dir: Path, pairs: Sequence[TokenPair], progress: Progress = lambda *_: None
 ) -> ReferenceLogps:
-    """One pass of the frozen model over all pairs, in evaluation mode."""
-    model = load_model(model_dir).to(_device(trainer)).eval()
+    """One pass of the frozen model over all pairs, in evaluation mode.
+
+    Pairs over trainer.max_length, which training drops, are left out: no tokens, and NaN for a sum.
+    """
+    model = load_model(model_dir, _DTYPES.get(trainer.precision, torch.float32)).to(_device(trainer)).eval()
     lengths = [pair.length for pair in pairs]
+    fitting = [i for i, length in enumerate(lengths) if length <= trainer.max_length]
     values: dict[tuple[int, int], Tensor] = {}
-    for group in micro_batches(range(len(pairs)), lengths, trainer.micro_tokens, rows=2):
-        parts = _frozen_logps(model, [pairs[i] for i in group])
-        values |= {(side, i): v for side in (0, 1) for i, v in zip(group, parts[side], strict=True)}
-        progress(len(values) // 2, len(pairs), None)
-    ordered = [values[side, i] for side in (0, 1) for i in range(len(pairs))]
-    sums = torch.stack([v.sum() for v in ordered]).view(2, -1)
-    counts = torch.tensor([len(v) for v in ordered]).view(2, -1)
-    return ReferenceLogps(sums, counts, torch.cat(ordered))
+    for group in micro_batches(fitting, lengths, trainer.micro_tokens, rows=2):
+        parts = _frozen_logps(trainer, model, [pairs[i] for i in group])
+        values |= zip([(side, i) for side in (0, 1) for i in group], parts, strict=True)
+        progress(len(values) // 2, len(fitting), None)
+    left_out = torch.empty(0)
+    ordered = [values.get((side, i), left_out) for side in (0, 1) for i in range(len(pairs))]
+    sums = torch.stack([v.sum() if v is not left_out else torch.tensor(math.nan) for v in ordered])
+    counts = torch.tensor([len(v) for v in ordered])
+    return ReferenceLogps(sums.view(2, -1), counts.view(2, -1), torch.cat(ordered))
 
 
 @torch.no_grad()
-def _frozen_logps(model: Any, pairs: Sequence[TokenPair]) -> tuple[list[Tensor], list[Tensor]]:
-    """Per-token values of the chosen and of the rejected responses."""
-    batch = _pair_batch(pairs).to(next(model.parameters()).device)
-    parts = token_logps(model, batch).cpu().split(batch.lengths.tolist())
-    return list(parts[: len(pairs)]), list(parts[len(pairs) :])
+def _frozen_logps(trainer: TrainerConfig, model: Any, pairs: Sequence[TokenPair]) -> Sequence[Tensor]:
+    """Per-token values of each chosen response, then of each rejected one."""
+    device = _device(trainer)
+    batch = _pair_batch(pairs).to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=trainer.precision is Precision.bf16):
+        return token_logps(model, batch).cpu().split(batch.lengths.tolist())
 
 
 def _check_reference(
@@ -198,11 +207,18 @@ def _check_reference(
     reference: ReferenceLogps,
 ) -> None:
     """The policy starts as the reference: on the first batch it must give the stored values."""
-    model = load_model(model_dir).to(_device(trainer)).eval()
-    sides = _frozen_logps(model, [pairs[i] for i in first])
-    now = torch.stack([torch.stack([v.sum() for v in side]) for side in sides])
+    fits = [pair.length <= trainer.max_length for pair in pairs]
+    lengths = [[len(p.chosen_ids) * fit for p, fit in zip(pairs, fits, strict=True)],
+               [len(p.rejected_ids) * fit for p, fit in zip(pairs, fits, strict=True)]]  # fmt: skip
+    if reference.lengths.tolist() != lengths:
+        raise UserError(
+            f"The reference log-probs ({len(reference.sums[0])} pairs) are not those of these {len(pairs)} "
+            "pairs: numbers or lengths of responses differ. They belong to other data; compute them again."
+        )
+    now = reference_logps(trainer, model_dir, [pairs[i] for i in first]).sums
     stored = reference.sums[:, first]
-    if not torch.allclose(now, stored, rtol=1e-4, atol=1e-3):
+    rtol, atol = _SAME[trainer.precision]
+    if not torch.allclose(now, stored, rtol=rtol, atol=atol):
         worst = (now - stored).abs().max().item()
         raise UserError(
             f"The policy does not start as the reference: their log-probs of the first batch differ by up to "
@@ -211,6 +227,11 @@ def _check_reference(
 
 
 # ---- the loop ------------------------------------------------------------------------------------------
+
+
+def _rank(trainer: TrainerConfig) -> tuple[int, int]:
+    """This process among those of one fit, and their number."""
+    return int(os.environ["RANK"]) if trainer.processes > 1 else 0, trainer.processes
 
 
 def _device(trainer: TrainerConfig) -> torch.device:
@@ -225,40 +246,60 @@ def _fit(
     trainer: TrainerConfig,
     model_dir: Path,
     schedule: Schedule,
-    make: Callable[[list[int]], Any],
+    make: Callable[[list[int]], Step],
     out: Path,
     seed: int,
     progress: Progress,
-) -> list[Row]:
+) -> dict[str, Any]:
     pl.seed_everything(seed, verbose=False)
-    model = load_model(model_dir).train()
+    model = load_model(model_dir, _DTYPES.get(trainer.precision, torch.float32)).train(module_class.DROPOUT)
     if trainer.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(model)
     scratch = out / "scratch"
     scratch.mkdir(parents=True, exist_ok=True)
-    state = _State(scratch / _STATE, scratch / _ROWS, trainer.checkpoint_every_s)
-    start = state.step()
+    with closing(_State(scratch, _rank(trainer)[0], trainer.checkpoint_every_s)) as state:
+        state.restore_weights(model)
 
-    def report(step: int, row: Row) -> None:
-        state.keep(step, row, module)
-        progress(step, len(schedule), {"loss": row["loss"]})
+        def report(row: Row, tokens: int) -> None:
+            state.keep(row, tokens, module)
+            progress(state.done, len(schedule), {"loss": row["loss"]})
 
-    module = module_class(model, train, len(schedule), start, report, **extra)
-    steps = DataLoader(_Steps(schedule, start, make), batch_size=None)
-    try:
-        if start < len(schedule):
-            _lightning(trainer, state).fit(module, steps)
-    except NotFinite as error:
-        save_model(model, model_dir, scratch / "last_good")
-        raise UserError(
-            f"Training stopped: {error}. The weights before it are in {scratch / 'last_good'}. Lower lr or "
-            "grad_clip of this stage, or look at its data."
-        ) from None
-    state.close()
+        module = module_class(model, train, len(schedule), state.done, report, **extra)
+        # A loader draws a seed when it starts, on a resumed fit once more: not from the generator of dropout.
+        steps = DataLoader(
+            _Steps(schedule, state.done, make),
+            batch_size=None,
+            num_workers=trainer.loader_workers,
+            generator=torch.Generator(),
+        )
+        try:
+            if state.done < len(schedule):
+                _lightning(trainer, state).fit(module, steps)
+        except NotFinite as error:
+            last_good = scratch / "last_good"
+            _save(model, state, trainer, model_dir, last_good)
+            raise UserError(
+                f"Training stopped: {error} of {len(schedule)}. The weights before it are in {last_good}. "
+                "Lower lr or grad_clip of this stage, or look at its data."
+            ) from None
+    _save(model, state, trainer, model_dir, out)
+    if _rank(trainer)[0] == 0:
+        with full_disk_is_user_error(out):
+            shutil.copyfile(scratch / _ROWS, out / _ROWS)
+    speed = {"tokens": state.tokens, "tokens_per_s": state.tokens / max(state.seconds, 1e-9)}
+    return {"steps": state.done, **speed} | last_means(state.rows, ("loss", *DPO_FIGURES))
+
+
+def _save(model: Any, state: "_State", trainer: TrainerConfig, model_dir: Path, out: Path) -> None:
+    """The model as a plain checkpoint; of several processes the first takes it from the state."""
+    rank, processes = _rank(trainer)
+    if rank > 0:
+        return
+    if processes > 1:
+        model = load_model(model_dir, _DTYPES.get(trainer.precision, torch.float32))
+        state.restore_weights(model)
     with full_disk_is_user_error(out):
         save_model(model, model_dir, out)
-        shutil.copyfile(scratch / _ROWS, out / _ROWS)
-    return state.rows
 
 
 def _lightning(trainer: TrainerConfig, state: "_State") -> pl.Trainer:
@@ -266,80 +307,128 @@ def _lightning(trainer: TrainerConfig, state: "_State") -> pl.Trainer:
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     return pl.Trainer(
-        accelerator=trainer.accelerator,
-        devices=1,
-        precision="bf16-mixed" if trainer.precision is Precision.bf16 else "32-true",
+        accelerator=trainer.accelerator.value,
+        devices=trainer.processes,
+        strategy=_strategy(trainer),
+        precision=_LIGHTNING[trainer.precision],  # type: ignore[arg-type]
         max_epochs=1,
         callbacks=[state],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        barebones=False,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
     )
 
 
+def _strategy(trainer: TrainerConfig) -> Any:
+    if trainer.strategy is Strategy.fsdp:
+        return ModelParallelStrategy(data_parallel_size=trainer.processes, tensor_parallel_size=1)
+    return "ddp" if trainer.strategy is Strategy.ddp else "auto"
+
+
 class _State(pl.Callback):
     """Rows of the steps done, and now and then everything needed to go on from one of them."""
 
-    def __init__(self, path: Path, rows_path: Path, every_s: float) -> None:
-        self.path, self.rows_path, self.every_s = path, rows_path, every_s
-        self.saved_at = time.monotonic()
+    def __init__(self, scratch: Path, rank: int, every_s: float) -> None:
+        self.path, self.rank, self.every_s = scratch / _STATE, rank, every_s
+        rows_path = scratch / _ROWS
+        self.done, self.tokens, self.seconds = 0, 0, 0.0
         self.rows: list[Row] = []
-        if path.exists():
-            lines = rows_path.read_text().splitlines()[: self.step()]
-            self.rows = [json.loads(line) for line in lines]
-        rows_path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        if self.path.exists():
+            with safe_open(self.path, "pt") as file:
+                about = json.loads(file.metadata()["about"])
+            self.done, self.tokens, self.seconds = about["done"], about["tokens"], about["seconds"]
+            self.rows = [json.loads(line) for line in rows_path.read_text().splitlines()[: self.done]]
+        if rank > 0:
+            rows_path = rows_path.with_suffix(f".{rank}")
+        aside = rows_path.with_suffix(".aside")  # what an interrupted fit wrote after its state goes
+        aside.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        os.replace(aside, rows_path)
         self.file = rows_path.open("a")
+        self.saved_at = self.clock = time.monotonic()
 
-    def step(self) -> int:
-        """Steps done when the state was last saved."""
-        if not self.path.exists():
-            return 0
-        with safe_open(self.path, "pt") as file:
-            return int(file.metadata()["step"])
-
-    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Go on from the saved state, if there is one."""
-        assert isinstance(module, _Module)
+    def restore_weights(self, model: Any) -> None:
+        """The weights of the saved state, if there is one."""
         if not self.path.exists():
             return
-        with safe_open(self.path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        torch.set_rng_state(tensors.pop("rng"))
-        optimizer = trainer.optimizers[0]
-        with torch.no_grad():
-            for name, parameter in module.model.named_parameters():
-                parameter.copy_(tensors.pop(f"model.{name}"))
-                if f"step.{name}" in tensors:
-                    fields = ("step", "exp_avg", "exp_avg_sq")
-                    optimizer.state[parameter] = {field: tensors.pop(f"{field}.{name}") for field in fields}
+        with safe_open(self.path, "pt") as file, torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(file.get_tensor(f"model.{name}"))
 
-    def keep(self, step: int, row: Row, module: _Module) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Optimiser and random numbers as in the saved state, if there is one."""
+        self.saved_at = self.clock = time.monotonic()
+        if not self.path.exists():
+            return
+        assert isinstance(module, _Module)
+        optimizer = trainer.optimizers[0]
+        with safe_open(self.path, "pt") as file:
+            saved = set(file.keys())
+            torch.set_rng_state(file.get_tensor("rng"))
+            for name, parameter in module.model.named_parameters():
+                if f"step.{name}" in saved:
+                    optimizer.state[parameter] = {
+                        field: _like(parameter, file.get_tensor(f"{field}.{name}"))
+                        for field in ("step", "exp_avg", "exp_avg_sq")
+                    }
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Of several processes, the first takes the result from here."""
+        if trainer.world_size > 1:
+            self._save(module)
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, error: BaseException) -> None:
+        if isinstance(error, NotFinite) and trainer.world_size > 1:
+            self._save(module)
+
+    def keep(self, row: Row, tokens: int, module: _Module) -> None:
         """Note a finished step; every `every_s` seconds save the state."""
-        row = {"step": step, **row}
+        now = time.monotonic()
+        self.seconds, self.clock = self.seconds + now - self.clock, now
+        self.tokens += tokens
+        self.done += 1
+        row = {"step": self.done, **row}
         self.rows.append(row)
         self.file.write(json.dumps(row) + "\n")
-        if time.monotonic() - self.saved_at >= self.every_s:
-            self.save(step, module)
+        due = torch.tensor(float(now - self.saved_at >= self.every_s), device=module.device)
+        if module.trainer.world_size > 1:
+            torch.distributed.broadcast(due, 0)
+        if due:
+            self._save(module)
 
-    def save(self, step: int, module: _Module) -> None:
+    def _save(self, module: Any) -> None:
         """Everything of this step in one file, whole or not at all."""
         optimizer: Any = module.optimizers()
         tensors = {"rng": torch.get_rng_state()}
         for name, parameter in module.model.named_parameters():
-            tensors[f"model.{name}"] = parameter.detach()
+            tensors[f"model.{name}"] = _whole(parameter.detach())
             for field, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"{field}.{name}"] = value
+                tensors[f"{field}.{name}"] = _whole(value)
+        self.saved_at = time.monotonic()
+        if self.rank > 0:
+            return
+        about = {"done": self.done, "tokens": self.tokens, "seconds": self.seconds}
         with full_disk_is_user_error(self.path):
             self.file.flush()
             os.fsync(self.file.fileno())
             aside = self.path.with_suffix(".aside")
-            save_file(tensors, aside, metadata={"step": str(step)})
+            save_file(tensors, aside, metadata={"about": json.dumps(about)})
             os.replace(aside, self.path)
-        self.saved_at = time.monotonic()
 
     def close(self) -> None:
         self.file.close()
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be in shards; every process must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(parameter: Tensor, value: Tensor) -> Tensor:
+    """`value` where, and in the shards in which, `parameter` is."""
+    value = value.to(parameter.device)
+    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    return value

@@ -4,7 +4,7 @@ Whatever is averaged is averaged over the *global* batch: callers pass its denom
 over micro-batches (or processes) is the loss of the whole batch, however it was cut.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,8 +50,7 @@ def preference_loss(
     return -(1 - e) * logsigmoid(beta * h) - e * logsigmoid(-beta * h)
 
 
-@dataclass(frozen=True)
-class Denominators:
+class Denominators(NamedTuple):
     """Of one global batch: what its means divide by."""
 
     sequences: int  # responses trained on (SFT) or pairs (DPO)

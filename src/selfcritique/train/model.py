@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from selfcritique.errors import UserError
 from selfcritique.train.batch import TokenBatch
@@ -33,11 +34,23 @@ def save_model(model: Any, source: Path, out: Path) -> None:
     for file in source.iterdir():
         if (
             file.is_file()
+            and file.name != "manifest.json"  # of the source as an artifact
             and not (out / file.name).exists()
             and file.suffix in (".json", ".jinja", ".txt", ".model")
             and "index" not in file.name
         ):
             shutil.copyfile(file, out / file.name)
+
+
+def checkpoint_layers(model: Any) -> None:
+    """Keep only each layer's input and compute the rest again in the backward pass.
+
+    Layers do so in train mode only; what they consist of keeps its mode, which decides on dropout.
+    """
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.training = True
 
 
 def token_logps(model: Any, batch: TokenBatch) -> Tensor:

@@ -1,17 +1,21 @@
 """The LightningModules: one training step is one global batch, in micro-batches, by the pure losses."""
 
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import MethodType
+from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from selfcritique.config import DpoLossConfig, Schedule, SftNorm, TrainConfig
+from selfcritique.config import DpoLossConfig, LamOn, Schedule, SftNorm, TrainConfig
 from selfcritique.errors import UserError
-from selfcritique.train.batch import TokenBatch
+from selfcritique.train.batch import Step, TokenBatch
 from selfcritique.train.loss import Denominators, merged_loss, preference_loss, sequence_logps, sft_loss
 from selfcritique.train.model import token_logps
 
@@ -30,16 +34,35 @@ def schedule_factor(config: TrainConfig, step: int, steps: int) -> float:
 
 
 class _Module(pl.LightningModule):
-    """What SFT and DPO share: the optimiser, one step over micro-batches, and its report."""
+    """What SFT and DPO share: the optimiser, one step over micro-batches, and its report.
+
+    report: called after each step with its row and its number of tokens.
+    """
+
+    DROPOUT: ClassVar[bool]  # whether the model's own dropout is active in training
 
     def __init__(
-        self, model: Any, config: TrainConfig, steps: int, start: int, report: Callable[[int, Row], None]
+        self, model: Any, config: TrainConfig, steps: int, start: int, report: Callable[[Row, int], None]
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.model, self.config, self.steps, self.report = model, config, steps, report
+        self.score: Callable[[TokenBatch], Tensor] = partial(token_logps, model)
         self.done = start
-        self.clock = time.monotonic()
+
+    def configure_model(self) -> None:
+        """Under FSDP2, cut the model into shards, layer by layer."""
+        if self.device_mesh is None or isinstance(next(self.model.parameters()), DTensor):
+            return
+        mesh = self.device_mesh["data_parallel"]
+        for layer in self.model.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                fully_shard(layer, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+        # The head runs outside the model's own forward, which is where shards would be gathered.
+        self.model.token_logps = MethodType(token_logps, self.model)
+        register_fsdp_forward_method(self.model, "token_logps")
+        self.score = self.model.token_logps
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         c = self.config
@@ -48,72 +71,98 @@ class _Module(pl.LightningModule):
         groups = [{"params": decayed, "weight_decay": c.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), fused=True)
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        micros, whole = batch
-        return [
-            m.to(device) if isinstance(m, TokenBatch) else tuple(t.to(device) for t in m) for m in micros
-        ], whole
+    def transfer_batch_to_device(self, batch: Step, device: torch.device, dataloader_idx: int) -> Step:
+        def move(micro: Any) -> Any:
+            return micro.to(device) if hasattr(micro, "to") else tuple(part.to(device) for part in micro)
 
-    def micro_loss(self, micro: Any, whole: Denominators) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """This micro-batch's share of the global batch's loss, and figures that add up over micro-batches."""
+        return batch._replace(micros=[move(micro) for micro in batch.micros])
+
+    def micro_loss(self, micro: Any, whole: Denominators) -> dict[str, Tensor]:
+        """This micro-batch's share of the global batch's `loss` and of other figures: all add up."""
         raise NotImplementedError
 
-    def training_step(self, batch: tuple[list[Any], Denominators], _: int) -> None:
-        micros, whole = batch
+    def sft_gradients(self, batch: Step) -> list[Tensor]:
+        """Gradients of the weighted cross-entropy alone, at steps where they are wanted."""
+        return []
+
+    def backward_all(self, batch: Step, name: str) -> Row:
+        """Gradients of one figure of the global batch; the values of all figures."""
+        total: dict[str, Tensor] = {}
+        processes = self.trainer.world_size
+        for number, micro in enumerate(batch.micros):
+            counts = number < len(batch.micros) - batch.idle
+            figures = self.micro_loss(micro, batch.whole)
+            self.manual_backward(figures[name] * (processes * counts))  # strategies average over processes
+            for figure, value in figures.items():
+                total[figure] = total.get(figure, torch.zeros(())) + value.detach() * counts
+        if processes > 1:
+            sums = torch.stack(list(total.values()))
+            torch.distributed.all_reduce(sums)
+            total = dict(zip(total, sums, strict=True))
+        return {figure: value.item() for figure, value in total.items()}
+
+    def training_step(self, batch: Step, _: int) -> None:
         optimizer: Any = self.optimizers()
         lr = self.config.lr * schedule_factor(self.config, self.done, self.steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
-        total: dict[str, Tensor] = {}
-        for micro in micros:
-            loss, figures = self.micro_loss(micro, whole)
-            self.manual_backward(loss)
-            for name, value in {"loss": loss, **figures}.items():
-                total[name] = total.get(name, torch.zeros(())) + value.detach()
+        sft_gradients = self.sft_gradients(batch)
+        row = self.backward_all(batch, "loss")
+        if sft_gradients:
+            row |= _compare_terms(sft_gradients, [p.grad for p in self.model.parameters()])
         limit = self.config.grad_clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        row = {name: value.item() for name, value in total.items()} | {"grad_norm": norm.item(), "lr": lr}
+        row |= {"grad_norm": _value(norm), "lr": lr}
         bad = [name for name in ("loss", "grad_norm") if not math.isfinite(row[name])]
         if bad:  # before the optimiser moves: the weights are still those of the last good step
-            raise NotFinite(self.done, bad[0])
+            raise NotFinite(self.done + 1, bad[0])
         optimizer.step()
-        now = time.monotonic()
-        row |= {"tokens": whole.tokens, "tokens_per_s": whole.tokens / max(now - self.clock, 1e-9)}
-        self.clock = now
         self.done += 1
-        self.report(self.done, row)
+        self.report(row, batch.tokens)
 
 
 class NotFinite(UserError):
-    """Loss or gradient is NaN or infinite at `step` (from 0)."""
+    """Loss or gradient is NaN or infinite at `step` (from 1, as in metrics.jsonl)."""
 
     def __init__(self, step: int, what: str) -> None:
         super().__init__(f"{what} is not finite at step {step}")
-        self.step = step
 
 
 class SftModule(_Module):
     """Cross-entropy on responses, per token of the global batch."""
 
-    def micro_loss(self, micro: TokenBatch, whole: Denominators) -> tuple[Tensor, Mapping[str, Tensor]]:
-        logps = sequence_logps(token_logps(self.model, micro), micro.rows, len(micro.lengths))
-        return sft_loss(logps, micro.lengths, whole, SftNorm.token), {}
+    DROPOUT = True
+
+    def micro_loss(self, micro: TokenBatch, whole: Denominators) -> dict[str, Tensor]:
+        logps = sequence_logps(self.score(micro), micro.rows, len(micro.lengths))
+        return {"loss": sft_loss(logps, micro.lengths, whole, SftNorm.token)}
 
 
 class DpoModule(_Module):
     """The merged loss on pairs. A micro-batch holds all chosen, then all rejected sequences, and the
-    reference's log-probs (2, pairs)."""
+    reference's log-probs (2, pairs). The reference sampled the responses, so the mean fall of their
+    log-probs estimates KL(reference || policy), with the bias of their selection. No dropout: its noise
+    would count as drift."""
+
+    DROPOUT = False
 
     def __init__(self, *arguments: Any, loss: DpoLossConfig) -> None:
         super().__init__(*arguments)
         self.loss = loss
 
-    def micro_loss(
-        self, micro: tuple[TokenBatch, Tensor], whole: Denominators
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def sft_gradients(self, batch: Step) -> list[Tensor]:
+        if not self.loss.gradients_every or self.done % self.loss.gradients_every:
+            return []
+        self.backward_all(batch, "sft_loss")
+        weight = self.loss.lam if self.loss.lam_on is LamOn.sft else 1.0
+        gradients = [weight * p.grad for p in self.model.parameters() if p.grad is not None]
+        self.model.zero_grad(set_to_none=True)
+        return gradients
+
+    def micro_loss(self, micro: tuple[TokenBatch, Tensor], whole: Denominators) -> dict[str, Tensor]:
         batch, reference = micro
-        logps = sequence_logps(token_logps(self.model, batch), batch.rows, len(batch.lengths))
+        logps = sequence_logps(self.score(batch), batch.rows, len(batch.lengths))
         chosen, rejected = logps.chunk(2)
         chosen_length, rejected_length = batch.lengths.chunk(2)
         c = self.loss
@@ -133,12 +182,29 @@ class DpoModule(_Module):
             "rejected_logps": rejected.detach(),
             "chosen_logps_drift": chosen_drift,
             "rejected_logps_drift": rejected_drift,
+            "kl_estimate": -(chosen_drift + rejected_drift) / 2,
             "chosen_length": chosen_length.to(logps.dtype),
             "rejected_length": rejected_length.to(logps.dtype),
         }
-        figures = {"dpo_loss": dpo, "sft_loss": sft}
-        figures |= {name: value.sum() / whole.sequences for name, value in means.items()}
-        return merged_loss(dpo, sft, c), figures
+        figures = {"loss": merged_loss(dpo, sft, c), "dpo_loss": dpo, "sft_loss": sft}
+        return figures | {name: value.sum() / whole.sequences for name, value in means.items()}
+
+
+def _compare_terms(sft: Sequence[Tensor], merged: Sequence[Tensor | None]) -> Row:
+    """Norms of the two terms' gradients, as the loss weighs them, and the cosine between them."""
+    whole = [g for g in merged if g is not None]
+    dpo = [g - s for g, s in zip(whole, sft, strict=True)]
+
+    def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+        return sum(_value((x * y).sum()) for x, y in zip(a, b, strict=True))
+
+    norms = math.sqrt(dot(dpo, dpo)), math.sqrt(dot(sft, sft))
+    cosine = dot(dpo, sft) / max(norms[0] * norms[1], 1e-30)
+    return {"dpo_grad_norm": norms[0], "sft_grad_norm": norms[1], "grad_cosine": cosine}
+
+
+def _value(scalar: Any) -> float:
+    return float((scalar.full_tensor() if isinstance(scalar, DTensor) else scalar).item())
 
 
 def last_means(rows: Sequence[Row], names: Sequence[str]) -> Row:

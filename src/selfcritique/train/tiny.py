@@ -1,6 +1,7 @@
 """The embedded default: a tiny Llama and its tokenizer, made here and saved as a plain checkpoint."""
 
 import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -71,6 +72,9 @@ def save_tiny(config: TinyConfig, tokenizer: PreTrainedTokenizerFast, seed: int,
             eos_token_id=tokenizer.eos_token_id,
         )
     )
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    aside = out.with_name(f"{out.name}.aside")  # `out` is whole or not there
+    shutil.rmtree(aside, ignore_errors=True)
+    model.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    aside.rename(out)
     return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,85 @@
+"""Ratios against peers, measured side by side: `make bench` runs all, `make bench NAME=...` one of them.
+
+Each benchmark is a file here with `measure() -> Measured`. A result is appended to results.json and the table
+in README.md is rendered from the newest result of each name.
+"""
+
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+
+from selfcritique.artifacts import code_version
+from selfcritique.errors import UserError
+
+HERE = Path(__file__).resolve().parent
+ROUNDS = 7
+BENCHMARKS = {"checker_vs_math_verify_int": "checker_int"}  # name -> its file
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How many times the baseline's figure ours is: median, least and greatest over paired rounds."""
+
+    ratio: float
+    low: float
+    high: float
+    unit: str
+    baseline: str
+
+
+def speed_ratio(ours: Callable[[], object], baseline: Callable[[], object], name: str) -> Measured:
+    """Baseline's time over ours, A B A B after one warm-up of each."""
+    ratios = []
+    for _ in range(ROUNDS + 1):
+        seconds = [_seconds(run) for run in (ours, baseline)]
+        ratios.append(seconds[1] / seconds[0])
+    ratios = ratios[1:]
+    return Measured(median(ratios), min(ratios), max(ratios), "times faster", name)
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def render(results: list[dict[str, object]]) -> str:
+    """The table of the newest result of each name."""
+    lines = ["| name | ratio | range | baseline | commit | load | date |", "|" + " --- |" * 7]
+    for name, r in sorted({str(r["name"]): r for r in results}.items()):
+        ratio = f"{r['ratio']:.1f} {r['unit']}"
+        spread = f"{r['low']:.1f} to {r['high']:.1f}"
+        cells = (f"`{name}`", ratio, spread, r["baseline"], f"`{str(r['commit'])[:7]}`", r["load"], r["date"])
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def main(names: list[str]) -> None:
+    unknown = sorted(set(names) - set(BENCHMARKS))
+    if unknown:
+        raise UserError(f"no benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
+    file, page = HERE / "results.json", HERE / "README.md"
+    results = json.loads(file.read_text()) if file.exists() else []
+    for name in names or BENCHMARKS:
+        load = round(os.getloadavg()[0], 1)
+        measured = importlib.import_module(BENCHMARKS[name]).measure()
+        about = {"commit": code_version(), "load": load, "date": f"{datetime.now(UTC):%Y-%m-%d}"}
+        results.append({"name": name, **asdict(measured), **about})
+        print(f"{name}: {measured.ratio:.1f} [{measured.low:.1f}, {measured.high:.1f}] {measured.unit}")
+        file.write_text(json.dumps(results, indent=1) + "\n")
+        head = page.read_text().partition("| name |")[0]
+        page.write_text(head + render(results) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"ERROR: {error}")

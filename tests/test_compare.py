@@ -1,0 +1,69 @@
+"""Runs side by side: shared models are one, seeds are paired, numbers follow from the rows."""
+
+import json
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from selfcritique.compare import differences, load_models, markdown
+from selfcritique.errors import UserError
+
+
+def finished(root: Path, experiment: str, seed: int, models: dict[str, tuple[str, str]]) -> None:
+    """A run whose models have the given (key, answers: y right, x wrong)."""
+    folder = root / "outputs" / experiment / str(seed)
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text(
+        json.dumps({"experiment": experiment, "seed": seed, "models": dict.fromkeys(models)})
+    )
+    (folder / "lineage.json").write_text(
+        json.dumps({f"eval_{name}": {"key": key} for name, (key, _) in models.items()})
+    )
+    for key, answers in models.values():
+        place = root / "store" / "evaluate" / key
+        place.mkdir(parents=True, exist_ok=True)
+        verdicts = ["correct" if a == "y" else "incorrect" for a in answers]
+        pl.DataFrame({"problem_id": [str(i) for i in range(len(answers))], "source": "s", "kind": "greedy",
+                      "verdict": verdicts}).write_parquet(place / "eval.parquet")  # fmt: skip
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    finished(tmp_path, "demo", 0, {"base": ("b0", "yyxx"), "rft": ("r0", "yyyx")})
+    finished(tmp_path, "demo", 1, {"base": ("b1", "yxxx"), "rft": ("r1", "yyyx")})
+    finished(tmp_path, "other", 0, {"base": ("b0", "yyxx"), "rft": ("o0", "yxxx")})
+    return tmp_path
+
+
+def test_a_shared_model_is_one(root: Path) -> None:
+    models = load_models([f"{root}/outputs/*/*"], root / "store")
+    assert [m.name for m in models] == ["base", "rft", "rft@other"]
+    assert [sorted(m.rows) for m in models] == [[0, 1], [0, 1], [0]]
+
+
+def test_differences_over_seeds(root: Path) -> None:
+    """rft − base: 3/4 − 2/4 and 3/4 − 1/4, on the mean 0.375, or 100 % of base's mean 3/8."""
+    models = load_models([f"{root}/outputs/demo/*", f"{root}/outputs/other/*"], root / "store")
+    rows = {(r["a"], r["b"]): r for r in differences(models, "accuracy")}
+    assert set(rows) == {("rft", "base"), ("rft@other", "base"), ("rft@other", "rft")}
+    found = rows["rft", "base"]
+    assert (found["delta"], found["relative"]) == (pytest.approx(0.375), pytest.approx(1.0))
+    assert [found["each"][s]["delta"] for s in (0, 1)] == [0.25, 0.5]
+    assert rows["rft@other", "base"]["delta"] == -0.25
+    table = markdown(models)
+    assert "| base | 50.0 [" in table and table.count("| rft@other |") == 1
+    assert "| rft − base | +25.0 [" in table and "| +100.0 % |" in table
+
+
+def test_what_cannot_be_compared_is_said(root: Path) -> None:
+    with pytest.raises(UserError, match="no finished run"):
+        load_models([f"{root}/outputs/nothing/*"], root / "store")
+    finished(root, "demo", 2, {"base": ("b0", "yyxx")})
+    moved = root / "outputs" / "demo" / "2" / "summary.json"
+    moved.write_text(moved.read_text().replace('"seed": 2', '"seed": 0').replace("b0", "b9"))
+    (moved.parent / "lineage.json").write_text(json.dumps({"eval_base": {"key": "b9"}}))
+    with pytest.raises(UserError, match="seed 0 stands in two of the runs"):
+        load_models([f"{root}/outputs/demo/*"], root / "store")
+    with pytest.raises(UserError, match="is gone"):
+        load_models([f"{root}/outputs/demo/0"], root / "elsewhere")

@@ -1,0 +1,77 @@
+"""Every command of README.md and of experiments/*/run.sh runs, in order, at the size of a few seconds."""
+
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from runs import TINY, Finished, compose, run
+
+ROOT = Path(__file__).resolve().parents[1]
+GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
+
+
+def commands(path: Path) -> list[list[str]]:
+    """The words of each `selfcritique` line, comments gone."""
+    lines = re.findall(r"^selfcritique (.*)$", path.read_text(), re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def small(word: str, places: dict[str, str]) -> list[str]:
+    """A word of a command with the demo and the placeholders replaced."""
+    if word in ("experiment=demo", "experiment=demo_shuffled"):
+        by = ["rft.select.by=shuffled"] if word.endswith("shuffled") else []
+        return [*TINY, f"name={word.partition('=')[2]}", *by]
+    name, _, value = word.rpartition("=")
+    return [f"{name}={places[value]}" if value in places else places.get(word, word)]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory, smoke: Finished) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("user")
+    rows = [
+        {"question": f"Tom has {i} pens and buys 3 more. How many has he?", "reference": f"#### {i + 3}"}
+        for i in range(1100)
+    ]
+    (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mine = folder / "experiment" / "mine.yaml"
+    mine.parent.mkdir()
+    mine.write_text("# @package _global_\ndefaults: [smoke, _self_]\nname: mine\nrounds: {n: 1}\n")
+    return {
+        "MODEL": str(smoke.artifact("base")),
+        "problems.jsonl": str(folder / "problems.jsonl"),
+        "GSM8K": str(GSM8K),
+        "FOLDER": str(folder),
+    }
+
+
+@pytest.mark.parametrize("page", ["README.md", "experiments/demo/run.sh"])
+def test_commands(page: str, places: dict[str, str], tmp_path: Path) -> None:
+    found = commands(ROOT / page)
+    assert len(found) >= 5
+    for words in found:
+        given = [part for word in words for part in small(word, places)]
+        finished = run(tmp_path, *given)
+        assert finished.code == 0, (words, finished.stderr[-2000:])
+        if "plan=true" in words:
+            assert "stages would run" in finished.stdout
+        elif words[0] == "compare":
+            assert finished.stdout.count("base") >= 1
+
+
+def test_make_runs_what_the_readme_says() -> None:
+    def recipe(target: str) -> str:
+        return subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True).stdout
+
+    assert recipe("demo").splitlines()[-1] == ".venv/bin/selfcritique experiment=demo"
+    assert recipe("test").splitlines()[-1] == ".venv/bin/python -m pytest"
+
+
+def test_longer_base_of_the_demo_is_a_quarter_longer() -> None:
+    (longer,) = (w for w in commands(ROOT / "experiments/demo/run.sh") if "name=demo_longer" in w)
+    (epochs,) = (w for w in longer if w.startswith("model.sft.epochs="))
+    sft = compose("experiment=demo").model.sft
+    assert sft is not None and float(epochs.partition("=")[2]) == 1.25 * sft.epochs
