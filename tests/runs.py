@@ -107,8 +107,9 @@ def run(
 
 def _main(folder: Path, words: Sequence[str], hook: Callable[[], object] | None) -> None:
     os.chdir(folder)
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), number)
+    sys.stdout, sys.stderr = Path("stdout").open("w"), Path("stderr").open("w")
+    for number, file in ((1, sys.stdout), (2, sys.stderr)):
+        os.dup2(file.fileno(), number)
     from selfcritique.__main__ import main
 
     if hook is not None:
@@ -162,6 +163,8 @@ class Watch:
     write PATH #n, rename PATH #n    the nth such change under the store; a write is killed half done
     sample SEED                      a batch given to the model (its seed derives from the batch's id)
     step PATH n                      an optimiser step
+
+    Formulas among the answers are unsupported here: SymPy's process would take longer than all else.
     """
 
     store: Path
@@ -169,6 +172,8 @@ class Watch:
     kill_at: str = ""
 
     def __call__(self) -> None:
+        from selfcritique import answer_worker
+        from selfcritique.answers import Verdict
         from selfcritique.engine.hf import HfEngine
         from selfcritique.train.fit import _State
 
@@ -212,6 +217,7 @@ class Watch:
             real_keep(state, *rest)
 
         os.write = torn_write
+        answer_worker.grade = lambda pairs, *_: [Verdict.unsupported for _ in pairs]
         HfEngine._sample, HfEngine._score, _State.keep = sample, score, keep  # type: ignore[method-assign]
         sys.addaudithook(audit)
 
