@@ -25,6 +25,8 @@ def small(word: str, places: dict[str, str]) -> list[str]:
     if word in ("experiment=demo", "experiment=demo_shuffled"):
         by = ["rft.select.by=shuffled"] if word.endswith("shuffled") else []
         return [*TINY, f"name={word.partition('=')[2]}", *by]
+    if word == "rft.select.threshold=9":  # which no critic of this size gives
+        return ["rft.select.threshold=2"]
     name, equals, value = word.rpartition("=")
     return [f"{name}{equals}{places.get(value, value)}"]
 

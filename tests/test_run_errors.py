@@ -99,7 +99,7 @@ def nan_in_dpo() -> None:
 def test_not_a_number(whole: Finished, tmp_path: Path) -> None:
     store = tmp_path / "store"
     stopped = run(tmp_path / "1", *TINY, f"store={store}", hook=nan_in_dpo)
-    assert "loss is not finite at step 2" in stopped.message and "Lower lr" in stopped.message
+    assert "loss is not finite at step 3" in stopped.message and "Lower lr" in stopped.message
     (good,) = store.glob("dpo/*.partial/scratch/last_good")
     assert str(good) in stopped.message and (good / "model.safetensors").is_file()
     assert finished_stages(stopped)[0][-1] == "reference"
@@ -117,8 +117,9 @@ def full_after_writes(n: int) -> None:
 
     def full(descriptor: int, data: bytes) -> int:
         nonlocal left
-        if "/store/" in os.readlink(f"/proc/self/fd/{descriptor}"):
-            left -= 1
+        if "/store/" not in os.readlink(f"/proc/self/fd/{descriptor}"):
+            return write(descriptor, data)
+        left -= 1
         if left <= 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(descriptor, data)

@@ -10,6 +10,7 @@ Everything is a Polars expression over the whole table, nothing depends on the o
 chance is arithmetic on response ids and a seed.
 """
 
+from statistics import fmean
 from typing import Any
 
 import polars as pl
@@ -247,18 +248,20 @@ def selection_report(selected: pl.LazyFrame) -> dict[str, Any]:
 def pairs_report(pool: pl.LazyFrame, pairs: pl.LazyFrame) -> dict[str, Any]:
     """Number, margins and lengths; precision: share with a correct chosen and an incorrect rejected."""
     known = pool.select("response_id", "n_tokens", right=pl.col("verdict") == "correct")
-    rows = pairs.join(known, left_on="chosen_id", right_on="response_id").join(
+    sides = pairs.join(known, left_on="chosen_id", right_on="response_id").join(
         known, left_on="rejected_id", right_on="response_id", suffix="_rejected"
     )
+    rows = sides.collect()
     report = rows.select(
         pairs=pl.len(),
         questions=pl.col("problem_id").n_unique(),
-        mean_margin=pl.col("margin").mean(),
         precision=(pl.col("right") & ~pl.col("right_rejected")).mean(),
         chosen_tokens=pl.col("n_tokens").mean(),
         rejected_tokens=pl.col("n_tokens_rejected").mean(),
     )
-    return report.collect().row(0, named=True)
+    # fmean is exact whatever the order, which a join does not promise
+    margin = fmean(rows["margin"]) if rows.height else None
+    return report.row(0, named=True) | {"mean_margin": margin}
 
 
 def _share(part: int, whole: int) -> float | None:
