@@ -101,9 +101,14 @@ def sample_rows(done: Mapping[str, Artifact], limit: int = SAMPLE_ROWS) -> pl.Da
     return (
         chosen.select(columns)
         .head(limit)
-        .join(problems, on="problem_id", how="left")
-        .join(texts, on="response_id", how="left")
-        .join(critiques.select("response_id", critique="text"), on="response_id", how="left")
+        .join(problems, on="problem_id", how="left", maintain_order="left")
+        .join(texts, on="response_id", how="left", maintain_order="left")
+        .join(
+            critiques.select("response_id", critique="text"),
+            on="response_id",
+            how="left",
+            maintain_order="left",
+        )
         .select("question", "response", "critique", *columns[2:], "problem_id", "response_id")
         .collect()
     )
