@@ -80,6 +80,7 @@ def test_a_data_file_counts_by_its_content(tmp_path: Path, folder: bool) -> None
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
+        path.with_name("test.jsonl").write_text("{}\n")
         return f"data.mix.0.path={path.parent if folder else path}"
 
     here, there = write("a/train.jsonl", "{}\n"), write("b/train.jsonl", "{}\n")

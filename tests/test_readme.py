@@ -25,8 +25,8 @@ def small(word: str, places: dict[str, str]) -> list[str]:
     if word in ("experiment=demo", "experiment=demo_shuffled"):
         by = ["rft.select.by=shuffled"] if word.endswith("shuffled") else []
         return [*TINY, f"name={word.partition('=')[2]}", *by]
-    name, _, value = word.rpartition("=")
-    return [f"{name}={places[value]}" if value in places else places.get(word, word)]
+    name, equals, value = word.rpartition("=")
+    return [f"{name}{equals}{places.get(value, value)}"]
 
 
 @pytest.fixture(scope="module")
