@@ -107,7 +107,7 @@ def run(
 
 def _main(folder: Path, words: Sequence[str], hook: Callable[[], object] | None) -> None:
     os.chdir(folder)
-    sys.stdout, sys.stderr = Path("stdout").open("w"), Path("stderr").open("w")
+    sys.stdout, sys.stderr = Path("stdout").open("w"), Path("stderr").open("w")  # noqa: SIM115
     for number, file in ((1, sys.stdout), (2, sys.stderr)):
         os.dup2(file.fileno(), number)
     from selfcritique.__main__ import main
