@@ -164,12 +164,13 @@ class Watch:
     sample SEED                      a batch given to the model (its seed derives from the batch's id)
     step PATH n                      an optimiser step
 
-    Formulas among the answers are unsupported here: SymPy's process would take longer than all else.
+    Without `algebra`, formulas among the answers are unsupported: SymPy's process takes longer than all else.
     """
 
     store: Path
     log: Path
     kill_at: str = ""
+    algebra: bool = False
 
     def __call__(self) -> None:
         from selfcritique import answer_worker
@@ -217,7 +218,8 @@ class Watch:
             real_keep(state, *rest)
 
         os.write = torn_write
-        answer_worker.grade = lambda pairs, *_: [Verdict.unsupported for _ in pairs]
+        if not self.algebra:
+            answer_worker.grade = lambda pairs, *_: [Verdict.unsupported for _ in pairs]
         HfEngine._sample, HfEngine._score, _State.keep = sample, score, keep  # type: ignore[method-assign]
         sys.addaudithook(audit)
 

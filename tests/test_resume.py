@@ -105,7 +105,7 @@ def test_three_kills_of_the_real_command(smoke: Finished, tmp_path: Path) -> Non
     assert "base: reused" in third and "critic: done" in third
 
     store = tmp_path / "store"
-    watch = Watch(store, tmp_path / "log")
+    watch = Watch(store, tmp_path / "log", algebra=True)  # as the run it is compared with
     again = completed(tmp_path / "last", *SMOKE, f"store={store}", hook=watch)
     assert timeless(again.summary) == timeless(smoke.summary)
     cached = [name for name, was in again.summary["cached"].items() if was]
