@@ -64,6 +64,9 @@ def test_balance_follows_the_shares() -> None:
     marked = [(PROBLEM, "", text, annotate(PROBLEM, text)) for text in [right] * 300 + [wrong] * 100]
     chosen = balance(marked, {"low": 0.5, "top": 0.5}, 0, rng)
     assert Counter(band(item[3].score) for item in chosen) == {"low": 100, "top": 100}
+    # shares that limit nothing: a tenth of the 400, as far as there is so much
+    few = balance(marked, {"low": 0.1, "high": 0.1}, 0, rng)
+    assert Counter(band(item[3].score) for item in few) == {"low": 40}
     with pytest.raises(UserError, match="balance"):
         balance(marked, {"lwo": 1.0}, 0, rng)
     with pytest.raises(UserError, match="nothing to learn"):

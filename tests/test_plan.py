@@ -68,6 +68,19 @@ def test_a_setting_reruns_its_stage_and_what_follows(smoke: Finished, words: str
     assert misses(smoke.store, *words.split()) == expected
 
 
+@pytest.mark.parametrize(
+    ("until", "gates"),
+    [("pool_rft", []), ("select", ["gate"]), ("rft", ["gate"]), ("pairs", ["gate", "regate"]),
+     ("eval_base", [])],
+)  # fmt: skip
+def test_no_selection_without_its_gate(until: str, gates: list[str]) -> None:
+    """Stopping early skips no gate that a full run would have had to pass before what it selects."""
+    graph = build(compose(*SMOKE))
+    names = [node.name for node in graph.needed(until)]
+    assert [name for name in names if name in graph.gates] == gates
+    assert names[-1] == until
+
+
 def test_another_seed_or_data_seed_shares_what_it_can(smoke: Finished) -> None:
     everything = set(keys(*SMOKE))
     assert misses(smoke.store, "seed=1") == everything - {"problems", "solutions"}

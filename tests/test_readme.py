@@ -61,7 +61,7 @@ def test_commands(page: str, places: dict[str, str], tmp_path: Path) -> None:
         if "plan=true" in words:
             assert "stages would run" in finished.stdout
         elif words[0] == "compare":
-            assert finished.stdout.count("base") >= 1
+            assert "| base | " in finished.stdout and "difference, points" in finished.stdout
 
 
 def test_make_runs_what_the_readme_says() -> None:

@@ -355,7 +355,8 @@ def balance(marked: Sequence[Marked], shares: Mapping[str, float], limit: int, r
     if wanted is None:
         chosen = [item for group in groups.values() for item in group]
     else:
-        total = min(len(groups[name]) / share for name, share in wanted.items() if share > 0.1)
+        limits = [len(groups[name]) / share for name, share in wanted.items() if share > 0.1]
+        total = min(limits, default=float(len(marked)))
         chosen = [item for name, share in wanted.items() for item in groups[name][: round(total * share)]]
     rng.shuffle(chosen)
     chosen = chosen[:limit] if limit else chosen

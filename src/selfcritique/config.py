@@ -90,7 +90,6 @@ class Logger(StrEnum):
 
 class EngineKind(StrEnum):
     hf = "hf"
-    scripted = "scripted"
 
 
 @dataclass
@@ -101,7 +100,7 @@ class SourceConfig:
     weight: float = 1.0  # share of every split, relative to the other sources
     path: str = _content("")  # file, folder or empty (hub)
     families: list[str] = field(default_factory=list)  # word_problems only; empty: all
-    test_families: list[str] = field(default_factory=list)  # families of dev and test; empty: as `families`
+    test_families: list[str] = field(default_factory=list)  # families of test; empty: as `families`
     registers: list[str] = field(default_factory=lambda: ["plain", "chatty"])
     steps: list[int] = field(default_factory=lambda: [2, 3, 4, 5])
     limit: int = 20  # largest number in a problem and its solution

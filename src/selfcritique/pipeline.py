@@ -6,7 +6,7 @@ store or runs it.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,11 +73,6 @@ class Node:
     key: str
     varies: bool  # with the run's seed
 
-    def ancestors(self) -> Iterator["Node"]:
-        for node in self.inputs.values():
-            yield node
-            yield from node.ancestors()
-
 
 class Graph:
     """The run's nodes in the order in which they run."""
@@ -86,6 +81,7 @@ class Graph:
         self.run = run
         self.nodes: dict[str, Node] = {}
         self.gates: list[str] = []  # critic cards that must pass before the run goes on
+        self.guards: dict[str, str] = {}  # stage -> the gate without which it must not run
         self.models: dict[str, Node] = {}  # what is evaluated, in the order of training
 
     def add(self, name: str, stage: Stage, config: Any, **inputs: Node) -> Node:
@@ -97,16 +93,24 @@ class Graph:
         keys = {role: node.key for role, node in inputs.items()}
         key = artifact_key(stage.name, stage.version, key_part(config), keys)
         self.nodes[name] = Node(name, stage, config, inputs, key, varies)
+        if stage in (SELECT, PAIRS):  # what is trained on is chosen by a critic that passed
+            self.guards[name] = self.gates[-1]
         return self.nodes[name]
 
     def needed(self, until: str) -> list[Node]:
-        """The nodes that `until` needs, itself last; all of them for ''."""
+        """The nodes that `until` needs, itself last, with the gates on the way; all of them for ''."""
         for name in filter(None, (until, self.run.seed_from)):
             if name not in self.nodes:
                 raise UserError(f"There is no stage {name!r} in this run; there are {', '.join(self.nodes)}.")
         if not until:
             return list(self.nodes.values())
-        wanted = {until, *(node.name for node in self.nodes[until].ancestors())}
+        wanted, found = set[str](), [until]
+        while found:
+            name = found.pop()
+            if name not in wanted:
+                wanted.add(name)
+                found += [node.name for node in self.nodes[name].inputs.values()]
+                found += [self.guards[name]] if name in self.guards else []
         return [node for node in self.nodes.values() if node.name in wanted]
 
 
@@ -134,9 +138,7 @@ def build(run: RunConfig) -> Graph:
         responses = sample(f"{name}_responses", policy, Split.critic_dev, run.critic.dev_sampling)
         scored = score(f"{name}_scores", responses)
         g.gates.append(name)
-        return g.add(
-            name, CARD, stages.Card(run.annotator), problems=problems, responses=responses, scored=scored
-        )
+        return g.add(name, CARD, stages.Card(), problems=problems, responses=responses, scored=scored)
 
     for source in run.data.mix:
         files(source)  # a missing one is told of before anything runs

@@ -24,7 +24,6 @@ from selfcritique.config import (
     DataConfig,
     DpoLossConfig,
     EngineConfig,
-    EngineKind,
     PairConfig,
     PromptStyle,
     Reference,
@@ -387,11 +386,10 @@ def dpo(config: Dpo, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
 
 @contextmanager
 def _engine(config: EngineConfig, model: Path) -> Iterator[Any]:
-    if config.kind is EngineKind.hf:
-        from selfcritique.engine.hf import HfEngine
+    from selfcritique.engine.hf import HfEngine
 
-        with HfEngine(model, config.max_batch_tokens, config.dtype, config.device) as engine:
-            yield engine
+    with HfEngine(model, config.max_batch_tokens, config.dtype, config.device) as engine:
+        yield engine
 
 
 def _journaled(
@@ -558,7 +556,7 @@ def _by_logits(
 
 @dataclass
 class Card:
-    annotator: AnnotatorConfig
+    """No settings: a card marks by the rules, whoever marked what the critic learned from."""
 
 
 def card(config: Card, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
