@@ -4,7 +4,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -286,11 +286,20 @@ def kill_at(last: int, step: int, *_: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """A forked process cannot start OpenMP threads, and their number changes the order of sums."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def in_child(arguments: tuple[Any, ...], progress: Callable[..., None]) -> None:
-    torch.set_num_threads(1)  # a forked process cannot start OpenMP threads
     dpo(*arguments, progress=progress)
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_killed_fit_goes_on_where_it_was(
     workers: int, llama_dir: Path, make_pairs: MakePairs, tmp_path: Path
