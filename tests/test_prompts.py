@@ -96,6 +96,19 @@ def test_control_strings_in_the_vocabulary_are_spelled_out() -> None:
     assert not set(prompt[1:]) & (set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
 
 
+def test_no_token_crosses_the_boundary() -> None:
+    """As one text "S" and "core: 10" begin with the token "Sc". Encoded apart, the prompt is the same for
+    every response, and the response is trained on from its first letter."""
+    tokenizer = bpe_tokenizer("{{ messages[0]['content'] }}")
+    whole = tokenizer.convert_ids_to_tokens(tokenizer.encode("Score: 10", add_special_tokens=False))
+    assert whole[0] == "Sc"  # the merge is real
+    encoder = PromptEncoder(tokenizer)
+    prompt, response = encoder.prompt_ids(user("S")), encoder.response_ids("core: 10")
+    assert prompt == tokenizer.encode("S", add_special_tokens=False)
+    assert tokenizer.decode(prompt) == "S" and tokenizer.decode(response[:-1]) == "core: 10"
+    assert response[-1] == tokenizer.eos_token_id
+
+
 @pytest.mark.parametrize(
     "template", [CHAT, "{{ bos_token }}" + CHAT, "{{ bos_token }}{{ bos_token }}" + CHAT]
 )

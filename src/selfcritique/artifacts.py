@@ -37,6 +37,7 @@ from selfcritique.errors import UserError
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+TIMING = "timing.jsonl"  # how fast a stage's steps were: kept, but no part of the digest
 SCRATCH = "scratch"  # journals, checkpoints, optimizer states: kept while a stage is unfinished
 LIBRARIES = (
     *("torch", "transformers", "tokenizers", "peft", "pytorch-lightning", "polars", "numpy", "safetensors"),
@@ -636,6 +637,8 @@ def _tree_digest(files: Mapping[str, Path]) -> str:
     """Of the names and bytes; syncs each file, so that a manifest never outlives what it describes."""
     digest = hashlib.sha256()
     for name, path in files.items():
+        if name == TIMING:
+            continue
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
             if not path.is_symlink():

@@ -189,6 +189,14 @@ class Strategy(StrEnum):
     fsdp = "fsdp"  # weights, gradients and optimiser state in shards (FSDP2)
 
 
+class Layout(StrEnum):
+    """How the sequences of a micro-batch lie in memory; the loss is the same."""
+
+    shared = "shared"  # a row per prompt, before all its responses (DPO: two)
+    padded = "padded"  # a row per sequence
+    packed = "packed"  # all sequences end to end in one row, without padding
+
+
 @dataclass
 class TrainerConfig:
     """The machine's side of training: `trainer=cpu|gpu|ddp|fsdp`."""
@@ -197,6 +205,7 @@ class TrainerConfig:
     strategy: Strategy = _how(Strategy.single)
     processes: int = _how(1)  # of ddp and fsdp
     precision: Precision = Precision.fp32
+    layout: Layout = _how(Layout.shared)
     micro_tokens: int = _how(4096)  # padded tokens per forward; larger batches are accumulated
     gradient_checkpointing: bool = _how(False)
     checkpoint_every_s: float = _how(60.0)

@@ -46,9 +46,9 @@ class Stage:
 
 PROBLEMS = Stage(stages.problems, 1)
 SOLUTIONS = Stage(stages.reference_solutions, 1)
-TINY_BASE = Stage(stages.tiny_base, 3)
+TINY_BASE = Stage(stages.tiny_base, 4)
 CHECKPOINT = Stage(stages.checkpoint, 1)
-SFT = Stage(stages.sft, 2)
+SFT = Stage(stages.sft, 3)
 SAMPLE = Stage(stages.sample, 1)
 CRITIC_DATA = Stage(stages.critic_data, 2)
 SCORE = Stage(stages.score, 1)
@@ -57,8 +57,8 @@ SELECT = Stage(stages.select, 2)
 RFT_DATA = Stage(stages.rft_data, 1)
 MATCHED_DATA = Stage(stages.matched_data, 1)
 PAIRS = Stage(stages.pairs, 3)
-REFERENCE = Stage(stages.reference_logps, 2)
-DPO = Stage(stages.dpo, 2)
+REFERENCE = Stage(stages.reference_logps, 3)
+DPO = Stage(stages.dpo, 3)
 EVALUATE = Stage(stages.evaluate, 1)
 
 

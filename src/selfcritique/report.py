@@ -14,7 +14,7 @@ import polars as pl
 from rich.console import Console
 from rich.table import Table
 
-from selfcritique.artifacts import Artifact, write_json
+from selfcritique.artifacts import TIMING, Artifact, write_json
 from selfcritique.config import RunConfig, key_part
 from selfcritique.diagnose import diagnose
 from selfcritique.pipeline import Graph, PlanRow
@@ -115,11 +115,12 @@ def sample_rows(done: Mapping[str, Artifact], limit: int = SAMPLE_ROWS) -> pl.Da
 
 
 def training_rows(name: str, artifact: Artifact) -> list[dict[str, Any]]:
-    """The per-step rows a training stage wrote."""
-    path = artifact.path / "metrics.jsonl"
-    if not path.is_file():
+    """The per-step rows a training stage wrote, with their times."""
+    paths = artifact.path / "metrics.jsonl", artifact.path / TIMING
+    if not all(path.is_file() for path in paths):
         return []
-    return [{"stage": name, **json.loads(line)} for line in path.read_text().splitlines()]
+    rows = ([json.loads(line) for line in path.read_text().splitlines()] for path in paths)
+    return [{"stage": name, **row, **timing} for row, timing in zip(*rows, strict=True)]
 
 
 def write(out: Path, summary: Mapping[str, Any], done: Mapping[str, Artifact]) -> None:

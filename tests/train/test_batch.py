@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from selfcritique.config import Layout
 from selfcritique.errors import UserError
 from selfcritique.train.batch import Schedule, collate, micro_batches
 
@@ -54,16 +55,56 @@ def test_collate() -> None:
     """Two sequences, by hand. Pad and EOS are both 2: EOS is trained and counted, padding is not."""
     batch = collate([([1, 7, 8], [5, 2]), ([1], [2])], pad_id=2)
     assert batch.input_ids.tolist() == [[1, 7, 8, 5, 2], [1, 2, 2, 2, 2]]
-    assert batch.rows.tolist() == [0, 0, 1]
-    assert batch.positions.tolist() == [2, 3, 0]  # the prompt's last token predicts the response's first
+    assert batch.position_ids is None and batch.attention_mask() is None
+    assert batch.at.tolist() == [2, 3, 5]  # the prompt's last token predicts the response's first
+    assert batch.sequence.tolist() == [0, 0, 1]
     assert batch.labels.tolist() == [5, 2, 2]
     assert batch.lengths.tolist() == [2, 1]
+
+
+PAIRS = [([1, 7], [5, 6, 2], [9, 2]), ([1], [2], [8, 2])]
+
+
+def test_two_responses_share_their_prompt() -> None:
+    """By hand: the second response stands at the positions of the first and does not see it."""
+    batch = collate(PAIRS, pad_id=0)
+    assert batch.input_ids.tolist() == [[1, 7, 5, 6, 2, 9, 2], [1, 2, 8, 2, 0, 0, 0]]
+    assert batch.position_ids is not None and batch.position_ids[0].tolist() == [0, 1, 2, 3, 4, 2, 3]
+    assert batch.at.tolist() == [1, 2, 3, 7, 1, 5, 7, 9]  # chosen of both rows, then rejected of both
+    assert batch.labels.tolist() == [5, 6, 2, 2, 9, 2, 8, 2]
+    assert batch.sequence.tolist() == [0, 0, 0, 1, 2, 2, 3, 3]
+    assert batch.lengths.tolist() == [3, 1, 2, 2]
+    mask = batch.attention_mask()
+    assert mask is not None and mask[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 0, 1, 0],
+        [1, 1, 0, 0, 0, 1, 1],
+    ]
+
+
+def test_packed_and_padded_rows_of_pairs() -> None:
+    packed = collate(PAIRS, 0, Layout.packed)
+    assert packed.input_ids.tolist() == [[1, 7, 5, 6, 2, 1, 2, 1, 7, 9, 2, 1, 8, 2]]
+    assert packed.position_ids is not None
+    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3, 0, 1, 2]]
+    padded = collate(PAIRS, 0, Layout.padded)
+    assert padded.input_ids.tolist() == [[1, 7, 5, 6, 2], [1, 2, 0, 0, 0], [1, 7, 9, 2, 0], [1, 8, 2, 0, 0]]
+    for batch in (packed, padded):
+        shared = collate(PAIRS, 0)
+        for name in ("labels", "sequence", "lengths"):
+            assert getattr(batch, name).tolist() == getattr(shared, name).tolist()
+        ids = batch.input_ids.flatten()
+        assert ids[batch.at].tolist() == [7, 5, 6, 1, 7, 9, 1, 8]  # the token before each
 
 
 def test_collate_without_any_response_token() -> None:
     batch = collate([([1, 7], []), ([1], [])], pad_id=0)
     assert batch.lengths.tolist() == [0, 0]
-    assert {t.dtype for t in batch} == {torch.int64} and batch.labels.numel() == 0
+    assert {t.dtype for t in batch if t is not None} == {torch.int64} and batch.labels.numel() == 0
 
 
 def test_collate_refuses_an_empty_prompt() -> None:

@@ -166,10 +166,10 @@ def test_equals_trl(
     model = load_model(llama_dir)
     config = DpoLossConfig(lam=lam, beta=beta)
     module = DpoModule(model, TrainConfig(lr=1, epochs=1), 1, 0, lambda *_: None, loss=config)
-    sides = [(p.prompt_ids, p.chosen_ids) for p in pairs] + [(p.prompt_ids, p.rejected_ids) for p in pairs]
+    rows = [(p.prompt_ids, p.chosen_ids, p.rejected_ids) for p in pairs]
     reference = reference_logps(TrainerConfig(), reference_dir, pairs).sums
     whole = Denominators(len(pairs), sum(len(p.chosen_ids) for p in pairs))
-    loss = module.micro_loss((collate(sides, 0), reference), whole)["loss"]
+    loss = module.micro_loss((collate(rows, 0), reference), whole)[0]["loss"]
     loss.backward()
 
     assert loss.item() == pytest.approx(theirs, abs=1e-5)

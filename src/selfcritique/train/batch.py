@@ -7,12 +7,14 @@ nothing about them changes the loss.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from random import Random
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from selfcritique.config import Layout
 from selfcritique.errors import UserError
 from selfcritique.train.loss import Denominators
 
@@ -41,28 +43,48 @@ class TokenPair:
 
     @property
     def length(self) -> int:
+        """Tokens of the longer of its two sequences."""
         return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
 
     @property
+    def shared(self) -> int:
+        """Tokens of both sequences with the prompt once."""
+        return len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
+
+    @property
     def tokens(self) -> int:
-        return 2 * len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
+        """Tokens of both sequences."""
+        return self.shared + len(self.prompt_ids)
 
 
 # NamedTuples: Lightning's precision plugins rebuild what a step receives, and refuse frozen dataclasses.
 
 
 class TokenBatch(NamedTuple):
-    """Right-padded sequences and their response tokens. Padding is never read: attention is causal and
-    only the listed positions are."""
+    """Sequences laid out for the model, and their response tokens.
 
-    input_ids: Tensor  # (sequences, longest)
-    rows: Tensor  # (tokens,) sequence of each response token
-    positions: Tensor  # (tokens,) where it is predicted: one before it stands
+    Padding stands at the end of rows and is never read: attention is causal and only the listed places are.
+    """
+
+    input_ids: Tensor  # (rows, longest)
+    position_ids: Tensor | None  # (rows, longest); None: as they stand
+    branch: Tensor | None  # (rows, longest) 0 prompt, n its n-th response, which sees the prompt and itself
+    at: Tensor  # (tokens,) where each response token is predicted, in the flattened input: one before it
+    sequence: Tensor  # (tokens,) which response it belongs to
     labels: Tensor  # (tokens,) the response token itself
     lengths: Tensor  # (sequences,) response tokens, EOS included
+    examples: Tensor  # (rows of the caller,) whose they are
 
     def to(self, device: torch.device) -> "TokenBatch":
-        return TokenBatch(*(tensor.to(device) for tensor in self))
+        tensors: Any = (tensor if tensor is None else tensor.to(device) for tensor in self)
+        return TokenBatch(*tensors)
+
+    def attention_mask(self) -> Tensor | None:
+        """(rows, 1, longest, longest), true where a token sees another; None: all before it."""
+        if self.branch is None:
+            return None
+        seen = (self.branch[:, None] == 0) | (self.branch[:, None] == self.branch[:, :, None])
+        return seen.tril()[:, None]
 
 
 class Step(NamedTuple):
@@ -74,18 +96,64 @@ class Step(NamedTuple):
     idle: int = 0  # last micro-batches that do not count: every process runs as many
 
 
-def collate(sequences: Sequence[tuple[list[int], list[int]]], pad_id: int) -> TokenBatch:
-    """One batch of (prompt ids, response ids). A response may be empty, a prompt may not."""
-    if not all(prompt for prompt, _ in sequences):
+def collate(
+    rows: Sequence[Sequence[list[int]]],
+    pad_id: int,
+    layout: Layout = Layout.shared,
+    examples: Sequence[int] = (),
+) -> TokenBatch:
+    """One batch of rows (prompt ids, response ids of one or more responses), each with as many responses.
+
+    Sequences are numbered by response, then by row: all first responses, then all second ones. A response
+    may be empty, a prompt may not.
+    """
+    if not all(row[0] for row in rows):
         raise UserError("A prompt has no tokens, so nothing predicts its response's first one.")
-    longest = max(len(p) + len(r) for p, r in sequences)
-    input_ids = torch.tensor([p + r + [pad_id] * (longest - len(p) - len(r)) for p, r in sequences])
-    lengths = torch.tensor([len(r) for _, r in sequences])
-    rows = torch.repeat_interleave(torch.arange(len(sequences)), lengths)
-    positions = [i for p, r in sequences for i in range(len(p) - 1, len(p) + len(r) - 1)]
-    labels = [token for _, r in sequences for token in r]
-    at, tokens = (torch.tensor(values, dtype=torch.long) for values in (positions, labels))
-    return TokenBatch(input_ids, rows, at, tokens, lengths)
+    if layout is not Layout.shared:
+        rows = [(row[0], row[side]) for side in range(1, len(rows[0])) for row in rows]
+    ids = [[token for part in row for token in part] for row in rows]
+    longest = max(map(len, ids))
+    packed = layout is Layout.packed
+    starts = list(accumulate(map(len, ids), initial=0)) if packed else range(0, longest * len(ids), longest)
+    at, labels, lengths = [], [], []
+    for side in range(1, len(rows[0])):
+        for start, row in zip(starts, rows, strict=False):
+            response = row[side]
+            own = start + sum(map(len, row[:side]))
+            at += [start + len(row[0]) - 1, *range(own, own + len(response) - 1)][: len(response)]
+            labels += response
+            lengths.append(len(response))
+    together = len(rows[0]) > 2
+    position_ids = branch = None
+    if packed or together:
+        position_ids = _matrix([_positions(row) for row in rows], 0, packed)
+    if together:
+        branch = _matrix([[n for n, part in enumerate(row) for _ in part] for row in rows], -1, packed)
+    counts = torch.tensor(lengths)
+    return TokenBatch(
+        _matrix(ids, pad_id, packed),
+        position_ids,
+        branch,
+        torch.tensor(at, dtype=torch.long),
+        torch.repeat_interleave(torch.arange(len(counts)), counts),
+        torch.tensor(labels, dtype=torch.long),
+        counts,
+        torch.tensor(examples, dtype=torch.long),
+    )
+
+
+def _positions(row: Sequence[list[int]]) -> list[int]:
+    """Each response stands right after the prompt."""
+    prompt = len(row[0])
+    return [*range(prompt), *(i for part in row[1:] for i in range(prompt, prompt + len(part)))]
+
+
+def _matrix(rows: Sequence[list[int]], pad: int, packed: bool) -> Tensor:
+    """Rows padded at their ends, or one after another in a single row."""
+    if packed:
+        return torch.tensor([[value for row in rows for value in row]])
+    longest = max(map(len, rows))
+    return torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
 
 
 class Schedule:

@@ -2,14 +2,16 @@
 
 OUT/                   model.safetensors, config, tokenizer: the result
 OUT/metrics.jsonl      one row per step; no times, so that an equal run leaves equal bytes
+OUT/examples.parquet   what each example gave at each step that trained on it
+OUT/timing.jsonl       seconds, tokens/s, memory and share of the matmul peak of each step
 OUT/scratch/state.safetensors      weights, optimiser and generator state, the step: written aside
+OUT/scratch/steps[.RANK].jsonl     the rows of all three files, as they come
 """
 
 import json
 import logging
 import math
 import os
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import polars
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import ModelParallelStrategy
@@ -28,8 +31,8 @@ from torch.distributed import is_torchelastic_launched
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader, Dataset
 
-from selfcritique.artifacts import full_disk_is_user_error
-from selfcritique.config import DpoLossConfig, Precision, Strategy, TrainConfig, TrainerConfig
+from selfcritique.artifacts import TIMING, full_disk_is_user_error
+from selfcritique.config import DpoLossConfig, Layout, Precision, Strategy, TrainConfig, TrainerConfig
 from selfcritique.errors import UserError
 from selfcritique.train.batch import (
     Schedule,
@@ -43,12 +46,14 @@ from selfcritique.train.batch import (
 )
 from selfcritique.train.launch import in_processes
 from selfcritique.train.loss import Denominators
+from selfcritique.train.meter import Meter, Row
 from selfcritique.train.model import checkpoint_layers, load_model, save_model, token_logps
-from selfcritique.train.modules import DpoModule, NotFinite, Row, SftModule, _Module, last_means
+from selfcritique.train.modules import DpoModule, Each, NotFinite, SftModule, _Module, last_means
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, Mapping[str, float] | None], None]
 _STATE = "state.safetensors"
-_ROWS = "metrics.jsonl"
 _DTYPES = {Precision.fp64: torch.float64}  # of the weights; fp32 otherwise, bf16 through autocast
 _LIGHTNING = {Precision.fp32: "32-true", Precision.bf16: "bf16-mixed", Precision.fp64: "64-true"}
 # How far log-probs of one model may differ between two batch shapes: relative, and nats per response.
@@ -84,18 +89,25 @@ def fit_sft(
     """Train on `examples`; returns steps, tokens, speed, final loss and what was dropped."""
     if trainer.processes > 1 and not is_torchelastic_launched():
         arguments = (train, trainer, model_dir, examples, out, seed)
-        return in_processes("fit_sft", arguments, trainer.processes, out / "scratch", progress)
-    kept = [e for e in examples if e.length <= trainer.max_length]
+        report = in_processes("fit_sft", arguments, trainer.processes, out / "scratch", progress)
+        _write_rows(out)
+        return report
+    kept = [i for i, example in enumerate(examples) if example.length <= trainer.max_length]
     if not kept:
         raise UserError(
             f"None of {len(examples)} examples has at most trainer.max_length={trainer.max_length} tokens."
         )
-    lengths = [e.length for e in kept]
+    lengths = [examples[i].length for i in kept]
+    layout = Layout.packed if trainer.layout is Layout.packed else Layout.padded
 
     def make(indices: list[int]) -> Step:
+        micros = []
         groups, idle = micro_batches_of(*_rank(trainer), indices, lengths, trainer.micro_tokens)
-        micros = [collate([(kept[i].prompt_ids, kept[i].response_ids) for i in g], 0) for g in groups]
-        whole = Denominators(len(indices), sum(len(kept[i].response_ids) for i in indices))
+        for group in groups:
+            members = [kept[i] for i in group]
+            rows = [(examples[i].prompt_ids, examples[i].response_ids) for i in members]
+            micros.append(collate(rows, 0, layout, members))
+        whole = Denominators(len(indices), sum(len(examples[kept[i]].response_ids) for i in indices))
         return Step(micros, whole, sum(lengths[i] for i in indices), idle)
 
     schedule = Schedule(lengths, train.batch_size, train.epochs, seed)
@@ -116,35 +128,44 @@ def fit_dpo(
 ) -> dict[str, Any]:
     """Train on `pairs` with the merged loss against precomputed reference log-probs."""
     if trainer.processes > 1 and not is_torchelastic_launched():
-        whole = (train, loss, trainer, model_dir, pairs, reference, out, seed)
-        return in_processes("fit_dpo", whole, trainer.processes, out / "scratch", progress)
+        arguments = (train, loss, trainer, model_dir, pairs, reference, out, seed)
+        report = in_processes("fit_dpo", arguments, trainer.processes, out / "scratch", progress)
+        _write_rows(out)
+        return report
     kept = [i for i, pair in enumerate(pairs) if pair.length <= trainer.max_length]
     if not kept:
         raise UserError(
             f"All {len(pairs)} pairs are longer than trainer.max_length={trainer.max_length} tokens."
         )
-    lengths = [pairs[i].length for i in kept]
+    schedule = Schedule([pairs[i].length for i in kept], train.batch_size, train.epochs, seed)
+    layout = _check_reference(trainer, model_dir, [kept[i] for i in schedule[0]], pairs, reference)
+    lengths, rows = _row_lengths([pairs[i] for i in kept], layout)
 
     def make(indices: list[int]) -> Step:
         micros = []
-        groups, idle = micro_batches_of(*_rank(trainer), indices, lengths, trainer.micro_tokens, rows=2)
+        groups, idle = micro_batches_of(*_rank(trainer), indices, lengths, trainer.micro_tokens, rows)
         for group in groups:
             members = [kept[i] for i in group]
-            micros.append((_pair_batch([pairs[i] for i in members]), reference.sums[:, members]))
+            batch = _pair_batch([pairs[i] for i in members], layout, members)
+            micros.append((batch, reference.sums[:, members]))
         members = [kept[i] for i in indices]
         whole = Denominators(len(members), sum(len(pairs[i].chosen_ids) for i in members))
         return Step(micros, whole, sum(pairs[i].tokens for i in members), idle)
 
-    schedule = Schedule(lengths, train.batch_size, train.epochs, seed)
-    _check_reference(trainer, model_dir, [kept[i] for i in schedule[0]], pairs, reference)
     extra = {"loss": loss}
     report = _fit(DpoModule, extra, train, trainer, model_dir, schedule, make, out, seed, progress)
     return report | {"dropped": len(pairs) - len(kept)}
 
 
-def _pair_batch(pairs: Sequence[TokenPair]) -> TokenBatch:
-    chosen = [(p.prompt_ids, p.chosen_ids) for p in pairs]
-    return collate(chosen + [(p.prompt_ids, p.rejected_ids) for p in pairs], 0)
+def _pair_batch(pairs: Sequence[TokenPair], layout: Layout, examples: Sequence[int] = ()) -> TokenBatch:
+    return collate([(p.prompt_ids, p.chosen_ids, p.rejected_ids) for p in pairs], 0, layout, examples)
+
+
+def _row_lengths(pairs: Sequence[TokenPair], layout: Layout) -> tuple[list[int], int]:
+    """The longest row of each pair, and how many such rows it takes."""
+    if layout is Layout.shared:
+        return [pair.shared for pair in pairs], 1
+    return [pair.length for pair in pairs], 2
 
 
 # ---- the reference -------------------------------------------------------------------------------------
@@ -176,11 +197,17 @@ def reference_logps(
     Pairs over trainer.max_length, which training drops, are left out: no tokens, and NaN for a sum.
     """
     model = load_model(model_dir, _DTYPES.get(trainer.precision, torch.float32)).to(_device(trainer)).eval()
-    lengths = [pair.length for pair in pairs]
-    fitting = [i for i, length in enumerate(lengths) if length <= trainer.max_length]
+    return _reference_logps(trainer, model, _layout(trainer, model, pairs), pairs, progress)
+
+
+def _reference_logps(
+    trainer: TrainerConfig, model: Any, layout: Layout, pairs: Sequence[TokenPair], progress: Progress
+) -> ReferenceLogps:
+    lengths, rows = _row_lengths(pairs, layout)
+    fitting = [i for i, pair in enumerate(pairs) if pair.length <= trainer.max_length]
     values: dict[tuple[int, int], Tensor] = {}
-    for group in micro_batches(fitting, lengths, trainer.micro_tokens, rows=2):
-        parts = _frozen_logps(trainer, model, [pairs[i] for i in group])
+    for group in micro_batches(fitting, lengths, trainer.micro_tokens, rows):
+        parts = _frozen_logps(trainer, model, layout, [pairs[i] for i in group])
         values |= zip([(side, i) for side in (0, 1) for i in group], parts, strict=True)
         progress(len(values) // 2, len(fitting), None)
     left_out = torch.empty(0)
@@ -190,11 +217,33 @@ def reference_logps(
     return ReferenceLogps(sums.view(2, -1), counts.view(2, -1), torch.cat(ordered))
 
 
+def _layout(trainer: TrainerConfig, model: Any, pairs: Sequence[TokenPair]) -> Layout:
+    """trainer.layout; or padded where the model gives other values to responses that share their prompt."""
+    fitting = [pair for pair in pairs if pair.length <= trainer.max_length]
+    if trainer.layout is not Layout.shared or not fitting:
+        return trainer.layout
+    longest = [max(fitting, key=lambda pair: pair.length)]
+    rtol, atol = _SAME[trainer.precision]
+    apart = torch.cat(list(_frozen_logps(trainer, model, Layout.padded, longest)))
+    try:
+        shared = torch.cat(list(_frozen_logps(trainer, model, Layout.shared, longest)))
+    except (TypeError, ValueError, RuntimeError) as error:
+        shared, reason = torch.full_like(apart, math.nan), f" ({error})"
+    else:
+        reason = ""
+    if torch.allclose(shared, apart, rtol=rtol, atol=atol):
+        return Layout.shared
+    log.warning("this model cannot score two responses after one prompt%s: layout=padded is used", reason)
+    return Layout.padded
+
+
 @torch.no_grad()
-def _frozen_logps(trainer: TrainerConfig, model: Any, pairs: Sequence[TokenPair]) -> Sequence[Tensor]:
+def _frozen_logps(
+    trainer: TrainerConfig, model: Any, layout: Layout, pairs: Sequence[TokenPair]
+) -> Sequence[Tensor]:
     """Per-token values of each chosen response, then of each rejected one."""
     device = _device(trainer)
-    batch = _pair_batch(pairs).to(device)
+    batch = _pair_batch(pairs, layout).to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=trainer.precision is Precision.bf16):
         return token_logps(model, batch).cpu().split(batch.lengths.tolist())
 
@@ -205,8 +254,11 @@ def _check_reference(
     first: list[int],
     pairs: Sequence[TokenPair],
     reference: ReferenceLogps,
-) -> None:
-    """The policy starts as the reference: on the first batch it must give the stored values."""
+) -> Layout:
+    """The policy starts as the reference: on the first batch it must give the stored values.
+
+    Returns how this model can take the pairs.
+    """
     fits = [pair.length <= trainer.max_length for pair in pairs]
     lengths = [[len(p.chosen_ids) * fit for p, fit in zip(pairs, fits, strict=True)],
                [len(p.rejected_ids) * fit for p, fit in zip(pairs, fits, strict=True)]]  # fmt: skip
@@ -215,7 +267,9 @@ def _check_reference(
             f"The reference log-probs ({len(reference.sums[0])} pairs) are not those of these {len(pairs)} "
             "pairs: numbers or lengths of responses differ. They belong to other data; compute them again."
         )
-    now = reference_logps(trainer, model_dir, [pairs[i] for i in first]).sums
+    model = load_model(model_dir, _DTYPES.get(trainer.precision, torch.float32)).to(_device(trainer)).eval()
+    layout = _layout(trainer, model, pairs)
+    now = _reference_logps(trainer, model, layout, [pairs[i] for i in first], lambda *_: None).sums
     stored = reference.sums[:, first]
     rtol, atol = _SAME[trainer.precision]
     if not torch.allclose(now, stored, rtol=rtol, atol=atol):
@@ -224,6 +278,7 @@ def _check_reference(
             f"The policy does not start as the reference: their log-probs of the first batch differ by up to "
             f"{worst:.3g} nats. The reference file belongs to another model, tokenizer or data; delete it."
         )
+    return layout
 
 
 # ---- the loop ------------------------------------------------------------------------------------------
@@ -260,8 +315,10 @@ def _fit(
     with closing(_State(scratch, _rank(trainer)[0], trainer.checkpoint_every_s)) as state:
         state.restore_weights(model)
 
-        def report(row: Row, tokens: int) -> None:
-            state.keep(row, tokens, module)
+        def report(row: Row, step: Step, each: Each) -> None:
+            batches = [micro if isinstance(micro, TokenBatch) else micro[0] for micro in step.micros]
+            timing = meter.step(batches, step.tokens, 2 if "grad_cosine" in row else 1)
+            state.keep(row, each, timing, step.tokens, module)
             progress(state.done, len(schedule), {"loss": row["loss"]})
 
         module = module_class(model, train, len(schedule), state.done, report, **extra)
@@ -272,6 +329,8 @@ def _fit(
             num_workers=trainer.loader_workers,
             generator=torch.Generator(),
         )
+        precision = torch.bfloat16 if trainer.precision is Precision.bf16 else model.dtype
+        meter = Meter(model, _device(trainer), precision, trainer.gradient_checkpointing)
         try:
             if state.done < len(schedule):
                 _lightning(trainer, state).fit(module, steps)
@@ -283,11 +342,35 @@ def _fit(
                 "Lower lr or grad_clip of this stage, or look at its data."
             ) from None
     _save(model, state, trainer, model_dir, out)
-    if _rank(trainer)[0] == 0:
-        with full_disk_is_user_error(out):
-            shutil.copyfile(scratch / _ROWS, out / _ROWS)
-    speed = {"tokens": state.tokens, "tokens_per_s": state.tokens / max(state.seconds, 1e-9)}
-    return {"steps": state.done, **speed} | last_means(state.rows, ("loss", *DPO_FIGURES))
+    if trainer.processes == 1:
+        _write_rows(out)
+    timing = [step["timing"] for step in state.steps]
+    seconds = sum(row["seconds"] for row in timing)
+    cost = {
+        "tokens": state.tokens,
+        "tokens_per_s": state.tokens / max(seconds, 1e-9),
+        "peak_bytes": max(row["peak_bytes"] for row in timing),
+        "matmul_fraction": sum(row["matmul_fraction"] * row["seconds"] for row in timing)
+        / max(seconds, 1e-9),
+    }
+    rows = [step["row"] for step in state.steps]
+    return {"steps": state.done, **cost} | last_means(rows, ("loss", *DPO_FIGURES))
+
+
+def _write_rows(out: Path) -> None:
+    """The files of rows, from what each process noted of its steps."""
+    scratch = out / "scratch"
+    steps = [[json.loads(line) for line in file.open()] for file in sorted(scratch.glob("steps*.jsonl"))]
+    each = [
+        polars.DataFrame({"step": step["row"]["step"], **step["examples"]})
+        for process in steps
+        for step in process
+        if step["examples"]
+    ]
+    with full_disk_is_user_error(out):
+        for name, part in (("metrics.jsonl", "row"), (TIMING, "timing")):
+            (out / name).write_text("".join(json.dumps(step[part]) + "\n" for step in steps[0]))
+        polars.concat(each).sort("step", "example").write_parquet(out / "examples.parquet")
 
 
 def _save(model: Any, state: "_State", trainer: TrainerConfig, model_dir: Path, out: Path) -> None:
@@ -333,21 +416,19 @@ class _State(pl.Callback):
 
     def __init__(self, scratch: Path, rank: int, every_s: float) -> None:
         self.path, self.rank, self.every_s = scratch / _STATE, rank, every_s
-        rows_path = scratch / _ROWS
-        self.done, self.tokens, self.seconds = 0, 0, 0.0
-        self.rows: list[Row] = []
+        steps_path = scratch / (f"steps.{rank}.jsonl" if rank else "steps.jsonl")
+        self.done, self.tokens = 0, 0
+        self.steps: list[dict[str, Any]] = []
         if self.path.exists():
             with safe_open(self.path, "pt") as file:
                 about = json.loads(file.metadata()["about"])
-            self.done, self.tokens, self.seconds = about["done"], about["tokens"], about["seconds"]
-            self.rows = [json.loads(line) for line in rows_path.read_text().splitlines()[: self.done]]
-        if rank > 0:
-            rows_path = rows_path.with_suffix(f".{rank}")
-        aside = rows_path.with_suffix(".aside")  # what an interrupted fit wrote after its state goes
-        aside.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        os.replace(aside, rows_path)
-        self.file = rows_path.open("a")
-        self.saved_at = self.clock = time.monotonic()
+            self.done, self.tokens = about["done"], about["tokens"]
+            self.steps = [json.loads(line) for line in steps_path.read_text().splitlines()[: self.done]]
+        aside = steps_path.with_suffix(".aside")  # what an interrupted fit wrote after its state goes
+        aside.write_text("".join(json.dumps(step) + "\n" for step in self.steps))
+        os.replace(aside, steps_path)
+        self.file = steps_path.open("a", buffering=1)
+        self.saved_at = time.monotonic()
 
     def restore_weights(self, model: Any) -> None:
         """The weights of the saved state, if there is one."""
@@ -359,7 +440,7 @@ class _State(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Optimiser and random numbers as in the saved state, if there is one."""
-        self.saved_at = self.clock = time.monotonic()
+        self.saved_at = time.monotonic()
         if not self.path.exists():
             return
         assert isinstance(module, _Module)
@@ -383,18 +464,18 @@ class _State(pl.Callback):
         if isinstance(error, NotFinite) and trainer.world_size > 1:
             self._save(module)
 
-    def keep(self, row: Row, tokens: int, module: _Module) -> None:
+    def keep(self, row: Row, each: Each, timing: Row, tokens: int, module: _Module) -> None:
         """Note a finished step; every `every_s` seconds save the state."""
-        now = time.monotonic()
-        self.seconds, self.clock = self.seconds + now - self.clock, now
         self.tokens += tokens
         self.done += 1
-        row = {"step": self.done, **row}
-        self.rows.append(row)
-        self.file.write(json.dumps(row) + "\n")
-        due = torch.tensor(float(now - self.saved_at >= self.every_s), device=module.device)
-        if module.trainer.world_size > 1:
-            torch.distributed.broadcast(due, 0)
+        number = {"step": self.done}
+        step = {"row": number | row, "timing": number | timing, "examples": each}
+        self.file.write(json.dumps(step) + "\n")
+        self.steps.append(step | {"examples": None})
+        waited = self.rank == 0 and time.monotonic() - self.saved_at >= self.every_s
+        due = torch.tensor(float(waited), device=module.device)
+        if module.trainer.world_size > 1:  # the first decides, when all have noted this step
+            torch.distributed.all_reduce(due)
         if due:
             self._save(module)
 
@@ -409,9 +490,8 @@ class _State(pl.Callback):
         self.saved_at = time.monotonic()
         if self.rank > 0:
             return
-        about = {"done": self.done, "tokens": self.tokens, "seconds": self.seconds}
+        about = {"done": self.done, "tokens": self.tokens}
         with full_disk_is_user_error(self.path):
-            self.file.flush()
             os.fsync(self.file.fileno())
             aside = self.path.with_suffix(".aside")
             save_file(tensors, aside, metadata={"about": json.dumps(about)})

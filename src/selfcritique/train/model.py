@@ -59,17 +59,27 @@ def token_logps(model: Any, batch: TokenBatch) -> Tensor:
     The head runs at response positions only, in chunks that are computed again in the backward pass where
     all logits at once would be too many: batch x length x vocabulary never exists.
     """
-    hidden = model.get_decoder()(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-    hidden = hidden[batch.rows, batch.positions]  # (tokens, width)
+    hidden = model.get_decoder()(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        attention_mask=batch.attention_mask(),
+        use_cache=False,
+    ).last_hidden_state
+    hidden = hidden.flatten(0, 1)[batch.at]  # (tokens, width)
     head = model.get_output_embeddings()
-    rows = max(1, CHUNK_LOGITS // head.weight.shape[0])
-    if len(hidden) <= rows:
+    chunks = head_chunks(head.weight, len(hidden))
+    if chunks == 1:
         return _head_logps(head, hidden, batch.labels)
     parts = [
         checkpoint(_head_logps, head, h, y, use_reentrant=False)
-        for h, y in zip(hidden.split(rows), batch.labels.split(rows), strict=True)
+        for h, y in zip(hidden.tensor_split(chunks), batch.labels.tensor_split(chunks), strict=True)
     ]
     return torch.cat(parts)
+
+
+def head_chunks(head: Tensor, tokens: int) -> int:
+    """Into how many parts the logits of `tokens` positions are cut; head: (vocabulary, width)."""
+    return max(1, -(-tokens * head.shape[0] // CHUNK_LOGITS))
 
 
 def _head_logps(head: Any, hidden: Tensor, labels: Tensor) -> Tensor:

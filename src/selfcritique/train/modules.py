@@ -17,9 +17,11 @@ from selfcritique.config import DpoLossConfig, LamOn, Schedule, SftNorm, TrainCo
 from selfcritique.errors import UserError
 from selfcritique.train.batch import Step, TokenBatch
 from selfcritique.train.loss import Denominators, merged_loss, preference_loss, sequence_logps, sft_loss
+from selfcritique.train.meter import Row
 from selfcritique.train.model import token_logps
 
-Row = dict[str, float]
+Each = dict[str, list[float]]  # figure -> its value for every example of a step
+Report = Callable[[Row, Step, Each], None]
 
 
 def schedule_factor(config: TrainConfig, step: int, steps: int) -> float:
@@ -36,14 +38,12 @@ def schedule_factor(config: TrainConfig, step: int, steps: int) -> float:
 class _Module(pl.LightningModule):
     """What SFT and DPO share: the optimiser, one step over micro-batches, and its report.
 
-    report: called after each step with its row and its number of tokens.
+    report: called after each step with its row and what it knows of each example of this process.
     """
 
     DROPOUT: ClassVar[bool]  # whether the model's own dropout is active in training
 
-    def __init__(
-        self, model: Any, config: TrainConfig, steps: int, start: int, report: Callable[[Row, int], None]
-    ) -> None:
+    def __init__(self, model: Any, config: TrainConfig, steps: int, start: int, report: Report) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.model, self.config, self.steps, self.report = model, config, steps, report
@@ -77,29 +77,34 @@ class _Module(pl.LightningModule):
 
         return batch._replace(micros=[move(micro) for micro in batch.micros])
 
-    def micro_loss(self, micro: Any, whole: Denominators) -> dict[str, Tensor]:
-        """This micro-batch's share of the global batch's `loss` and of other figures: all add up."""
+    def micro_loss(self, micro: Any, whole: Denominators) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """This micro-batch's share of the global batch's `loss` and of other figures, which add up; and
+        figures of each of its examples."""
         raise NotImplementedError
 
     def sft_gradients(self, batch: Step) -> list[Tensor]:
         """Gradients of the weighted cross-entropy alone, at steps where they are wanted."""
         return []
 
-    def backward_all(self, batch: Step, name: str) -> Row:
-        """Gradients of one figure of the global batch; the values of all figures."""
+    def backward_all(self, batch: Step, name: str) -> tuple[Row, Each]:
+        """Gradients of one figure of the global batch; the values of all figures, also of each example."""
         total: dict[str, Tensor] = {}
+        parts: list[dict[str, Tensor]] = []
         processes = self.trainer.world_size
         for number, micro in enumerate(batch.micros):
             counts = number < len(batch.micros) - batch.idle
-            figures = self.micro_loss(micro, batch.whole)
+            figures, each = self.micro_loss(micro, batch.whole)
             self.manual_backward(figures[name] * (processes * counts))  # strategies average over processes
             for figure, value in figures.items():
                 total[figure] = total.get(figure, torch.zeros(())) + value.detach() * counts
+            parts += [each] * counts
         if processes > 1:
             sums = torch.stack(list(total.values()))
             torch.distributed.all_reduce(sums)
             total = dict(zip(total, sums, strict=True))
-        return {figure: value.item() for figure, value in total.items()}
+        row = {figure: value.item() for figure, value in total.items()}
+        names = parts[0] if parts else ()
+        return row, {name: torch.cat([part[name] for part in parts]).tolist() for name in names}
 
     def training_step(self, batch: Step, _: int) -> None:
         optimizer: Any = self.optimizers()
@@ -108,7 +113,7 @@ class _Module(pl.LightningModule):
             group["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
         sft_gradients = self.sft_gradients(batch)
-        row = self.backward_all(batch, "loss")
+        row, each = self.backward_all(batch, "loss")
         if sft_gradients:
             row |= _compare_terms(sft_gradients, [p.grad for p in self.model.parameters()])
         limit = self.config.grad_clip or math.inf
@@ -119,7 +124,7 @@ class _Module(pl.LightningModule):
             raise NotFinite(self.done + 1, bad[0])
         optimizer.step()
         self.done += 1
-        self.report(row, batch.tokens)
+        self.report(row, batch, each)
 
 
 class NotFinite(UserError):
@@ -134,9 +139,12 @@ class SftModule(_Module):
 
     DROPOUT = True
 
-    def micro_loss(self, micro: TokenBatch, whole: Denominators) -> dict[str, Tensor]:
-        logps = sequence_logps(self.score(micro), micro.rows, len(micro.lengths))
-        return {"loss": sft_loss(logps, micro.lengths, whole, SftNorm.token)}
+    def micro_loss(
+        self, micro: TokenBatch, whole: Denominators
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        logps = sequence_logps(self.score(micro), micro.sequence, len(micro.lengths))
+        each = {"example": micro.examples, "logps": logps.detach(), "length": micro.lengths}
+        return {"loss": sft_loss(logps, micro.lengths, whole, SftNorm.token)}, each
 
 
 class DpoModule(_Module):
@@ -160,20 +168,22 @@ class DpoModule(_Module):
         self.model.zero_grad(set_to_none=True)
         return gradients
 
-    def micro_loss(self, micro: tuple[TokenBatch, Tensor], whole: Denominators) -> dict[str, Tensor]:
+    def micro_loss(
+        self, micro: tuple[TokenBatch, Tensor], whole: Denominators
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         batch, reference = micro
-        logps = sequence_logps(self.score(batch), batch.rows, len(batch.lengths))
+        logps = sequence_logps(self.score(batch), batch.sequence, len(batch.lengths))
         chosen, rejected = logps.chunk(2)
         chosen_length, rejected_length = batch.lengths.chunk(2)
         c = self.loss
-        each = preference_loss(
+        losses = preference_loss(
             chosen, rejected, reference[0], reference[1], c.beta, c.kind, c.label_smoothing
         )
-        dpo = each.sum() / whole.sequences
+        dpo = losses.sum() / whole.sequences
         sft = sft_loss(chosen, chosen_length, whole, c.sft_norm)
         chosen_drift, rejected_drift = chosen.detach() - reference[0], rejected.detach() - reference[1]
         margins = c.beta * (chosen_drift - rejected_drift)
-        means = {
+        each = {
             "rewards_chosen": c.beta * chosen_drift,
             "rewards_rejected": c.beta * rejected_drift,
             "rewards_margin": margins,
@@ -187,7 +197,8 @@ class DpoModule(_Module):
             "rejected_length": rejected_length.to(logps.dtype),
         }
         figures = {"loss": merged_loss(dpo, sft, c), "dpo_loss": dpo, "sft_loss": sft}
-        return figures | {name: value.sum() / whole.sequences for name, value in means.items()}
+        figures |= {name: value.sum() / whole.sequences for name, value in each.items()}
+        return figures, {"example": batch.examples, "dpo_loss": losses.detach(), **each}
 
 
 def _compare_terms(sft: Sequence[Tensor], merged: Sequence[Tensor | None]) -> Row:
