@@ -64,6 +64,11 @@ def problems(config: Problems, inputs: Inputs, out: Path, progress: Progress) ->
             f"{counts['removed_from_training']} test questions were found in training data and removed there"
         )
     sizes = dict(table.group_by("split").len().sort("split").iter_rows())
+    asked = config.data.splits.test
+    if sizes.get("test", 0) < asked:
+        progress.close(
+            f"{sizes.get('test', 0)} test questions, not data.splits.test={asked}: no more in the file"
+        )
     return {"splits": sizes, **counts}
 
 

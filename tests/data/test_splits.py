@@ -9,9 +9,11 @@ from typing import Any
 import polars as pl
 import pytest
 
+from selfcritique import stages
 from selfcritique.config import DataConfig, Source, SourceConfig, SplitsConfig
 from selfcritique.data.splits import build_splits, normalise
 from selfcritique.errors import UserError
+from selfcritique.progress import Progress
 
 GSM8K = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "gsm8k"
 NAMES = [f.name for f in fields(SplitsConfig)]
@@ -202,3 +204,10 @@ def test_gsm8k_from_a_folder() -> None:
     ends = table["reference"].str.extract(r"#### ([^\n]+)$").str.replace_all(",", "")
     assert ends.equals(table["answer"].str.replace_all(",", "").rename("reference"))
     assert counts["removed_from_training"] == 0
+
+
+def test_a_test_file_with_fewer_questions_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = SourceConfig(source=Source.gsm8k, path=str(GSM8K))
+    settings = stages.Problems(config(source, test=1320))
+    assert stages.problems(settings, {}, tmp_path, Progress("problems"))["splits"]["test"] == 1319
+    assert "the test file has 1319 questions, fewer than data.splits.test=1320" in capsys.readouterr().err
