@@ -64,11 +64,9 @@ def problems(config: Problems, inputs: Inputs, out: Path, progress: Progress) ->
             f"{counts['removed_from_training']} test questions were found in training data and removed there"
         )
     sizes = dict(table.group_by("split").len().sort("split").iter_rows())
-    asked = config.data.splits.test
-    if sizes.get("test", 0) < asked:
-        progress.close(
-            f"{sizes.get('test', 0)} test questions, not data.splits.test={asked}: no more in the file"
-        )
+    found, asked = sizes.get("test", 0), config.data.splits.test
+    if found < asked:
+        progress.close(f"the test file has {found} questions, fewer than data.splits.test={asked}")
     return {"splits": sizes, **counts}
 
 
