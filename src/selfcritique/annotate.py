@@ -175,7 +175,7 @@ def annotate(problem: Problem, response: str) -> Annotation:
 def judge(problem: Problem, response: str, reference: Reference) -> tuple[int, str]:
     """Score and critique by the rules as a critic that sees so much of the reference.
 
-    Without one, a result is taken for right if every step holds.
+    Without one, a result is taken for right if it has steps and every one holds.
     """
     if reference is not Reference.none:
         shown = problem if reference is Reference.solution else replace(problem, reference="")
@@ -183,7 +183,7 @@ def judge(problem: Problem, response: str, reference: Reference) -> tuple[int, s
         return found.score, found.analysis
     flaws = check_steps(problem, response, correct=True)
     lines = [f"{i} ok" if flaw is None else f"{i} wrong: {flaw}" for i, flaw in enumerate(flaws, 1)]
-    return score_of(flaws, correct=not any(flaws)), "\n".join(lines)
+    return score_of(flaws, correct=bool(flaws) and not any(flaws)), "\n".join(lines)
 
 
 def guess(response: str, rng: Random) -> tuple[int, str]:

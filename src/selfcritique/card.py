@@ -12,7 +12,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import partial
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from rich.table import Table
 
 from selfcritique import stages
 from selfcritique.artifacts import Artifact, Store, write_json
-from selfcritique.config import CardConfig, CriticMode, Floor, Reference, RunConfig, to_run_config
+from selfcritique.config import CardConfig, CriticMode, Floor, Reference, RunConfig
 from selfcritique.errors import UserError
 from selfcritique.evaluate import score_agreement
 from selfcritique.pipeline import (
@@ -57,37 +56,31 @@ class Reader:
 
 
 def card_config(words: Sequence[str]) -> tuple[CardConfig, dict[str, Artifact]]:
-    """The settings of a command line, and what its run has ready: critic, problems, responses."""
+    """The settings of a command line, and what its run has ready: problems, critic, responses and scores."""
     given = OmegaConf.from_dotlist(list(words))
     config = OmegaConf.structured(CardConfig)
-    found = sorted(p for p in map(Path, glob(str(given.get("critic", "")))) if (p / "lineage.json").is_file())
-    if not found:
+    runs = sorted(p for p in map(Path, glob(str(given.get("critic", "")))) if (p / "lineage.json").is_file())
+    if not runs:
         return _checked(OmegaConf.merge(config, given)), {}
-    run = to_run_config(
-        OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(found[-1] / "config.yaml"))
-    )
-    config.merge_with(
-        {"prompts": run.model.prompts, "ask": run.critic.ask, "engine": run.engine, "store": run.store}
-    )
+    run = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(runs[-1] / "config.yaml"))
+    config.merge_with({
+        "prompts": run.model.prompts, "ask": run.critic.ask, "engine": run.engine, "store": run.store
+    })  # fmt: skip
     store = Store(Path(given.get("store", run.store)))
-    lineage = json.loads((found[-1] / "lineage.json").read_text())
+    lineage = json.loads((runs[-1] / "lineage.json").read_text())
     ready = {}
-    roles = {
-        "problems": "problems",
-        "critic": "critic",
-        "gate_responses": "responses",
-        "gate_scores": "scored",
-    }
-    for name, role in roles.items():
-        entry = lineage.get(name, {"stage": "-", "key": "-"})
-        artifact = store.find(entry["stage"], entry["key"], None)
+    for name in ("problems", "critic", "gate_responses", "gate_scores"):
+        entry = lineage.get(name)
+        artifact = store.find(entry["stage"], entry["key"], None) if entry else None
         if artifact is None:
             raise UserError(
-                f"{found[-1]}: its {name} is not in the store {store.root}; run it again until=gate."
+                f"{runs[-1]}: its {name} is not in the store {store.root}; run it again until=gate."
             )
-        ready[role] = artifact
-    config.seed = ready.pop("scored").manifest["config"]["seed"]  # the run's own reading is one of the card's
-    return _checked(OmegaConf.merge(config, given, {"critic": str(found[-1])})), ready
+        ready[name] = artifact
+    config.seed = ready["gate_scores"].manifest["config"][
+        "seed"
+    ]  # the run's own reading is one of the card's
+    return _checked(OmegaConf.merge(config, given, {"critic": str(runs[-1])})), ready
 
 
 def _checked(composed: Any) -> CardConfig:
@@ -105,8 +98,7 @@ def readers(config: CardConfig) -> dict[str, Reader]:
     found = {}
     for reference in config.references:
         for mode in config.modes:
-            alone = {"samples": 1, "temperature": 0.0} if mode is CriticMode.logit else {}
-            ask = replace(config.ask, mode=mode, reference=reference, **alone)
+            ask = replace(config.ask, mode=mode, reference=reference)
             found[f"{mode.value}, {reference.value}"] = _asking(config, ask)
     if CriticMode.generate in config.modes and config.ask.samples == 1:
         reference = config.references[0]
@@ -127,16 +119,17 @@ def critic_card(config: CardConfig, ready: Mapping[str, Artifact]) -> tuple[dict
     """The card and the score of every response by every reader."""
     store = Store(Path(config.store))
 
-    def run(name: str, stage: Stage, settings: Any, **inputs: Artifact) -> Artifact:
+    def run(name: str, stage: Stage, settings: Any, inputs: Mapping[str, Artifact]) -> Artifact:
         return run_stage(store, stage, settings, inputs, Progress(name))
 
     asked = stages.Asked(config.prompts, config.references, config.ask.max_tokens)
-    critic = ready.get("critic") or run("critic", CHECKPOINT, checkpoint(config.critic))
+    critic = ready.get("critic") or run("critic", CHECKPOINT, checkpoint(config.critic), {})
     if config.set:
-        chosen = run("set", LABELLED, stages.Labelled(asked, config.limit, config.set), critic=critic)
+        settings = stages.Labelled(asked, config.limit, config.set)
+        chosen = run("set", LABELLED, settings, {"critic": critic})
         problems = responses = chosen
     elif ready:
-        problems, responses = ready["problems"], ready["responses"]
+        problems, responses = ready["problems"], ready["gate_responses"]
     else:
         raise UserError("critic-card wants set=FOLDER, a labelled set, where critic= is a checkpoint.")
     texts = {"problems": problems, "responses": responses}
@@ -144,21 +137,19 @@ def critic_card(config: CardConfig, ready: Mapping[str, Artifact]) -> tuple[dict
     card |= {"too_long": responses.metrics.get("too_long", 0), "readings": {}, "probes": {}, "artifacts": {}}
     fooling = None
     if config.probes:
-        fooling = run(
-            "probes", PROBE, stages.Probe(asked, config.probes, config.seed), critic=critic, **texts
-        )
+        probe = stages.Probe(asked, config.probes, config.seed)
+        fooling = run("probes", PROBE, probe, {"critic": critic, **texts})
     tables = {}
     for name, reader in readers(config).items():
-        read = partial(run, stage=reader.stage, settings=reader.config, problems=problems)
-        by = {"critic": critic} if reader.stage is SCORE else {}
-        scored = read(name, responses=responses, **by)
-        measured = run(f"card ({name})", CARD, stages.Card(), scored=scored, **texts)
+        inputs = {"problems": problems} | ({"critic": critic} if reader.stage is SCORE else {})
+        scored = run(name, reader.stage, reader.config, {**inputs, "responses": responses})
+        measured = run(f"card ({name})", CARD, stages.Card(), {**texts, "scored": scored})
         seconds = scored.metrics.get("seconds_per_response")
         card["readings"][name] = {**measured.metrics, "seconds_per_response": seconds}
         card["artifacts"][name] = {"stage": measured.stage, "key": measured.key, "digest": measured.digest}
         tables[name] = pl.read_parquet(measured.path / "rows.parquet")
         if fooling is not None:
-            fooled = read(f"probes ({name})", responses=fooling, **by)
+            fooled = run(f"probes ({name})", reader.stage, reader.config, {**inputs, "responses": fooling})
             card["probes"][name] = success_rates(pl.read_parquet(fooled.path / "scored.parquet"))
     first, *others = (name for name, reader in readers(config).items() if reader.stage is SCORE)
     card["agreement"] = [
@@ -183,32 +174,35 @@ def main(words: Sequence[str]) -> None:
 
 # ---- tables in the terminal ----------------------------------------------------------------------------
 
-COLUMNS = {  # heading -> where it stands in a card
+MEASURES = {  # what is shown -> where it stands in a reading
     "balanced accuracy": ("balanced_accuracy",),
     "F1": ("f1",),
     "AUROC": ("auroc",),
-    "ECE": ("ece",),
-    "unparsed": ("parse_failure_rate",),
-    "first error": ("first_error_accuracy",),
-    "of flawed": ("first_error_accuracy_flawed",),
-    "flawed vs clean": ("flawed_vs_clean", "auroc"),
-    "rank corr.": ("spearman_annotator",),
+    "calibration error": ("ece",),
+    "no readable score": ("parse_failure_rate",),
+    "first wrong step": ("first_error_accuracy",),
+    "first wrong step, of flawed": ("first_error_accuracy_flawed",),
+    "flawed vs clean, AUROC": ("flawed_vs_clean", "auroc"),
+    "rank correlation, marks": ("spearman_annotator",),
     "retest κ": ("retest", "kappa"),
     "missing mass": ("missing_mass",),
+    "ms per response": ("seconds_per_response",),
 }
 
 
 def show(card: Mapping[str, Any], console: Console) -> None:
-    """The readings, what each threshold accepts, how readings agree, which probes succeed."""
+    """The readings side by side, which probes succeed, what thresholds accept, how readings agree."""
     readings = card["readings"]
     first = next(iter(readings))
     n, right = (readings[first][name] for name in ("n", "n_correct"))
     title = f"{card['set']}: {n:,} responses, {right:,} right, {card['too_long']:,} too long to read"
-    table = _table(title, "reading", *COLUMNS, "ms each")
-    for name, reading in readings.items():
-        seconds = reading["seconds_per_response"]
-        cells = [_decimal(_at(reading, path)) for path in COLUMNS.values()]
-        table.add_row(name, *cells, "" if seconds is None else f"{1000 * seconds:.2f}")
+    table = _table(title, "", *readings)
+    for name, path in MEASURES.items():
+        unit = 1000 if name.startswith("ms") else 1
+        table.add_row(name, *(_decimal(_at(reading, path), unit) for reading in readings.values()))
+    for name, rate in card["probes"].get(first, {}).items():
+        rates = (card["probes"][reading].get(name, {}) for reading in readings)
+        table.add_row(f"{name} scores ≥ {rate['bound']:g}", *(_decimal(rate.get("value")) for rate in rates))
     console.print(table)
     curve = _table(f"Accepted at or above ({first})", *readings[first]["thresholds"][0])
     for row in readings[first]["thresholds"]:
@@ -220,14 +214,6 @@ def show(card: Mapping[str, Any], console: Console) -> None:
             f"rank correlation {_decimal(row['spearman'])}, "
             f"mean difference {_decimal(row['mean_absolute_difference'])} points."
         )
-    if card["probes"]:
-        probes = _table("Probes: share that succeeded", "probe", "score from", *card["probes"])
-        for name, rate in card["probes"][first].items():
-            rates = (by.get(name) for by in card["probes"].values())
-            probes.add_row(
-                name, f"{rate['bound']:g}", *("" if r is None else _decimal(r["value"]) for r in rates)
-            )
-        console.print(probes)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -244,5 +230,5 @@ def _at(reading: Mapping[str, Any], path: Sequence[str]) -> float | None:
     return None if value is None else float(value)
 
 
-def _decimal(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}".rstrip("0").rstrip(".")
+def _decimal(value: float | None, unit: float = 1) -> str:
+    return "" if value is None else f"{unit * value:.3f}".rstrip("0").rstrip(".")

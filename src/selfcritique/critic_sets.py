@@ -55,7 +55,7 @@ def read(path: Path) -> list[Labelled]:
     if not path.exists() or not files:
         raise UserError(f"critic-card: there is no labelled set at {path}; give a JSONL file or its folder.")
     fixes = _fixes(path / "label_fixes.json")
-    rows = []
+    rows: list[Labelled] = []
     for file in files:
         lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
         for number, line in enumerate(lines, 1):
@@ -105,7 +105,7 @@ def _gsm8k_model_solutions(row: Row) -> Iterator[Labelled]:
 
 
 def _realcritic(row: Row) -> Iterator[Labelled]:
-    reference, level = row.get("solution", row["answer"]), row.get("level", "")
+    reference, level = row.get("solution") or row["answer"], row.get("level", "")
     subject = row["file"].removesuffix("_test")
     problem = _problem(
         row["question"], reference, row["gt"], "realcritic", subject, int(level.removeprefix("Level ") or 0)
@@ -131,7 +131,7 @@ def _bigbench_mistake(row: Row) -> Iterator[Labelled]:
     problem = _problem(row["input"], "", row["target"], "bigbench_mistake", row["file"], len(row["steps"]))
     mistake, steps = row["mistake_index"], tuple(row["steps"])
     first = 0 if mistake is None else mistake + 1
-    yield Labelled(problem, "\n".join(steps), row["answer"].strip() == row["target"], first, steps)
+    yield Labelled(problem, "\n".join(steps), (row["answer"] or "").strip() == row["target"], first, steps)
 
 
 def _own(row: Row) -> Iterator[Labelled]:

@@ -60,7 +60,7 @@ def build_probes(
 
 
 def success_rates(scored: pl.DataFrame) -> dict[str, dict[str, Any]]:
-    """Per probe the share of its texts that reach its bound, with a Wilson interval. Columns: probe, score."""
+    """Per probe the share of texts that reach its bound, with a Wilson interval. Columns: probe, score."""
     rates = {}
     for name in BOUND:
         scores = scored.filter(pl.col("probe") == name)["score"]

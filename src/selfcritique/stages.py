@@ -403,7 +403,7 @@ def _journaled(
     progress: Progress,
 ) -> list[Any]:
     """All rows of `batches(done)`, each batch journaled as it finishes; a rerun asks for the rest only."""
-    journal = Journal(out / "scratch" / "journal.jsonl")
+    journal = Journal(_journal(out))
     done: dict[str, list[Any]] = journal.load()
     progress(len(done), total)
     for batch_id, rows in batches(done):
@@ -411,6 +411,10 @@ def _journaled(
         done[batch_id] = rows
         progress(len(done), total)
     return [row for rows in done.values() for row in rows]
+
+
+def _journal(out: Path) -> Path:
+    return out / "scratch" / "journal.jsonl"
 
 
 def _complete(
@@ -509,7 +513,7 @@ def score(config: Score, inputs: Inputs, out: Path, progress: Progress) -> Metri
     ]
     with _engine(config.engine, inputs["critic"].path) as engine:
         read = _by_logits if ask.mode is CriticMode.logit else _by_text
-        resumed, start = (out / "scratch").exists(), time.perf_counter()
+        resumed, start = _journal(out).exists(), time.perf_counter()
         rows = read(config, engine, prompts, out, progress)
         seconds = (time.perf_counter() - start) / max(len(prompts), 1)
     return write_scores(responses, rows, out) | {"seconds_per_response": None if resumed else seconds}
