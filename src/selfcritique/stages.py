@@ -402,14 +402,16 @@ def _journaled(
     out: Path,
     progress: Progress,
 ) -> list[Any]:
-    """All rows of `batches(done)`, each batch journaled as it finishes; a rerun asks for the rest only."""
+    """All `total` rows of `batches(done)`, each batch journaled as it finishes; a rerun asks for the rest only."""
     journal = Journal(_journal(out))
     done: dict[str, list[Any]] = journal.load()
-    progress(len(done), total)
+    n_rows = sum(map(len, done.values()))
+    progress(n_rows, total)
     for batch_id, rows in batches(done):
         journal.append(batch_id, rows)
         done[batch_id] = rows
-        progress(len(done), total)
+        n_rows += len(rows)
+        progress(n_rows, total)
     return [row for rows in done.values() for row in rows]
 
 
@@ -429,7 +431,7 @@ def _complete(
                 [[c.prompt_index, c.sample, c.text, c.n_tokens, c.truncated] for c in batch.completions],
             )
 
-    return sorted(map(tuple, _journaled(batches, engine.n_batches(prompts, params), out, progress)))
+    return sorted(map(tuple, _journaled(batches, len(prompts) * params.n, out, progress)))
 
 
 @dataclass

@@ -75,14 +75,11 @@ class HfEngine:
     def close(self) -> None:
         self.model = None
 
-    def n_batches(self, prompts: Sequence[Prompt], params: SamplingParams) -> int:
-        return len(self._plan_generate(self.encoder.prompt_ids_many(prompts), params))
-
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams, done: Container[str] = frozenset()
     ) -> Iterator[BatchResult]:
         ids = self.encoder.prompt_ids_many(prompts)
-        for batch in self._plan_generate(ids, params):
+        for batch in self._plan(ids, params.n, params.max_tokens, 1, f"generate {params}"):
             if batch.batch_id not in done:
                 with torch.inference_mode():
                     tokens, lengths = self._sample([ids[i] for i in batch.indices], params, batch.seed)
@@ -107,9 +104,6 @@ class HfEngine:
                     missing = [max(0.0, 1.0 - sum(map(exp, row))) for row in logps]
                 scores = map(ContinuationScores, batch.indices, map(tuple, logps), missing)
                 yield ScoreBatch(batch.batch_id, list(scores))
-
-    def _plan_generate(self, ids: Sequence[Sequence[int]], params: SamplingParams) -> list[PlannedBatch]:
-        return self._plan(ids, params.n, params.max_tokens, 1, f"generate {params}")
 
     def _plan(
         self, ids: Sequence[Sequence[int]], rows: int, new_tokens: int, logits_per_row: int, salt: str
