@@ -402,7 +402,7 @@ def _journaled(
     out: Path,
     progress: Progress,
 ) -> list[Any]:
-    """All `total` rows of `batches(done)`, each batch journaled as it finishes; a rerun asks for the rest only."""
+    """The `total` rows of `batches(done)`, each batch journaled as it comes; a rerun asks for the rest."""
     journal = Journal(_journal(out))
     done: dict[str, list[Any]] = journal.load()
     n_rows = sum(map(len, done.values()))
