@@ -20,7 +20,10 @@ from selfcritique.errors import UserError
 
 HERE = Path(__file__).resolve().parent
 ROUNDS = 7
-BENCHMARKS = {"checker_vs_math_verify_int": "checker_int"}  # name -> its file
+BENCHMARKS = {  # name -> its file
+    "checker_vs_math_verify_int": "checker_int",
+    "critic_logit_vs_generate": "critic_modes",
+}
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ HELP = """selfcritique: the Self-Critique pipeline for mathematical reasoning
   selfcritique -m experiment=demo seed=0,1,2               sweep; the points share their stages
   selfcritique store ls|gc|pin KEY|unpin KEY [--store DIR] [--all] the artifacts and their disk
   selfcritique compare 'runs=[outputs/demo/*]' [metric=maj@4]   seeds and experiments side by side
+  selfcritique critic-card critic=RUN [set=FOLDER]   a critic by itself: how good, how slow, how easily fooled
   selfcritique experiment=demo --cfg job     the composed settings
 
 Results: outputs/EXPERIMENT/TIME/ (summary.json, metrics.jsonl, lineage.json). Settings: conf/, documented
@@ -34,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; exits non-zero if anything failed."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     _failed.clear()
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # progress is ours
     try:
         if not words or words[0] in ("-h", "--help", "help"):
             print(_help())
@@ -41,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _store(words[1:])
         elif words[0] == "compare":
             _compare(words[1:])
+        elif words[0] == "critic-card":
+            _critic_card(words[1:])
         else:
             _hydra(words)
     except UserError as error:
@@ -72,7 +76,6 @@ def _help() -> str:
 
 
 def _hydra(words: list[str]) -> None:
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # progress is ours
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises; what is printed is decided here
     import hydra
     from hydra.errors import HydraException
@@ -178,6 +181,17 @@ def _compare(words: list[str]) -> None:
 
     models = load_models(runs, Path(given.get("store", "store")))
     print(markdown(models, given.get("metric", "accuracy")))
+
+
+def _critic_card(words: list[str]) -> None:
+    from omegaconf.errors import OmegaConfBaseException
+
+    from selfcritique.card import main as card
+
+    try:
+        card(words)
+    except OmegaConfBaseException as error:
+        raise UserError(f"critic-card: {_explain(error)}") from None
 
 
 # ---- the store -----------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from pathlib import Path
 from random import Random
 
 from selfcritique.answers import Verdict, compare, extract
-from selfcritique.config import Annotator, AnnotatorConfig
+from selfcritique.config import Annotator, AnnotatorConfig, Reference
 from selfcritique.errors import UserError
 from selfcritique.records import Problem
 
@@ -170,6 +170,26 @@ def annotate(problem: Problem, response: str) -> Annotation:
     score = score_of(flaws, correct)
     first = next((i for i, flaw in enumerate(flaws, 1) if flaw is not None), None)
     return Annotation(score, "\n".join([*lines, f"Score: {score}"]), first, len(flaws), correct)
+
+
+def judge(problem: Problem, response: str, reference: Reference) -> tuple[int, str]:
+    """Score and critique by the rules as a critic that sees so much of the reference.
+
+    Without one, a result is taken for right if it has steps and every one holds.
+    """
+    if reference is not Reference.none:
+        shown = problem if reference is Reference.solution else replace(problem, reference="")
+        found = annotate(shown, response)
+        return found.score, found.analysis
+    flaws = check_steps(problem, response, correct=True)
+    lines = [f"{i} ok" if flaw is None else f"{i} wrong: {flaw}" for i, flaw in enumerate(flaws, 1)]
+    return score_of(flaws, correct=bool(flaws) and not any(flaws)), "\n".join(lines)
+
+
+def guess(response: str, rng: Random) -> tuple[int, str]:
+    """Score and critique by chance: any score, any step or none wrong."""
+    step = rng.randint(0, len(equations(response)))
+    return rng.randint(1, 10), f"{step} wrong" if step else "1 ok"
 
 
 Marker = Callable[[Problem, str, str], Annotation | None]

@@ -536,6 +536,39 @@ class RoundsConfig:
         check(self, n=self.n < 1 and "at least 1")
 
 
+class Floor(StrEnum):
+    """Critics without a model, so that a card's numbers can be read."""
+
+    rules = "rules"  # annotate.judge
+    random = "random"
+
+
+@dataclass
+class CardConfig:
+    """`selfcritique critic-card`: whose, on what, read how. A run lends ask, prompts, engine and store."""
+
+    critic: str = MISSING  # folder of a run (of several, the last), whose critic it is; or of a checkpoint
+    set: str = ""  # labelled set (critic_sets.py), a folder or JSONL file; empty: critic_dev of the run
+    limit: int = 0  # first responses of the set; 0: all
+    modes: list[CriticMode] = field(default_factory=lambda: list(CriticMode))
+    references: list[Reference] = field(default_factory=list)  # empty: ask.reference, and none
+    probes: int = 50  # responses that each hacking probe is built on; 0: none
+    ask: AskConfig = field(default_factory=AskConfig)
+    prompts: PromptStyle = PromptStyle.instruct
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    seed: int = 0
+    store: str = "store"
+    out: str = ""  # empty: outputs/critic_card/TIME
+
+    def __post_init__(self) -> None:
+        check(
+            self,
+            limit=self.limit < 0 and "at least 0 (0: all)",
+            modes=not self.modes and "one of generate, logit, or both",
+            probes=self.probes < 0 and "at least 0 (0: none)",
+        )
+
+
 class Arm(StrEnum):
     """Control models that a run trains beside the pipeline's own."""
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from itertools import accumulate
 
 import polars as pl
 
@@ -38,14 +39,31 @@ def named_first_error(text: str) -> int | None:
     return int(match[1]) if match else 0 if re.search(r"^\d+ ok", text, re.MULTILINE) else None
 
 
+def step_of(equation: int, counts: Sequence[int]) -> int | None:
+    """The step that holds the nth equation, as critics number them; counts[i]: equations of step i + 1.
+
+    0 (nothing is wrong) stays 0. Where no step has an equation, critics can only mean the steps themselves.
+    """
+    if equation == 0 or not any(counts):
+        return equation if equation <= len(counts) else None
+    ends = accumulate(counts)
+    return next((step for step, end in enumerate(ends, 1) if equation <= end), None)
+
+
 def mean_scores(critiques: pl.DataFrame) -> pl.DataFrame:
     """One row per response: `score` is the mean of its parsed critiques (null if none), `parse` the best
-    of theirs. Columns in: response_id, score, parse."""
+    of theirs. Columns in: response_id, sample, score, parse, missing_mass.
+
+    first_score and second_score are two readings of the same response; null where there is but one.
+    """
     order = [p.value for p in (Parse.ok, Parse.repaired, Parse.truncated, Parse.failed)]
     rank = pl.col("parse").replace_strict(order, list(range(len(order))), return_dtype=pl.Int8)
     return critiques.group_by("response_id", maintain_order=True).agg(
         score=pl.col("score").mean(),
         parse=pl.col("parse").sort_by(rank).first(),
+        missing_mass=pl.col("missing_mass").mean(),
+        first_score=pl.col("score").filter(pl.col("sample") == 0).first(),
+        second_score=pl.col("score").filter(pl.col("sample") == 1).first(),
         n_critiques=pl.len(),
         n_parsed=pl.col("score").count(),
     )

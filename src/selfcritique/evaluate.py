@@ -27,6 +27,7 @@ from selfcritique.answers import Verdict
 from selfcritique.errors import UserError
 
 POSITIVE = 6.0  # a mean score from here on says "right", whatever the rejection threshold
+THRESHOLDS = tuple(range(2, 11))  # of the card's rejection curve
 CLEAN = 9.0  # band 9-10: right throughout; 6-8: right result, flawed steps
 
 Result = dict[str, Any]  # what JSON can hold
@@ -350,13 +351,17 @@ def _against_annotator(scored: pl.DataFrame) -> Result:
 
 
 def _first_errors(rows: pl.DataFrame) -> Result:
-    """Share of annotated responses whose first wrong step the critic named, and of those that have one."""
+    """Share of annotated responses whose first wrong step the critic named, and of those that have one.
+
+    A critic that writes no analysis (logit mode) names none: None, not 0.
+    """
     known = rows.filter(pl.col("first_error").is_not_null())
+    names = known["predicted_first_error"].count() > 0
     hit = (pl.col("first_error") == pl.col("predicted_first_error")).fill_null(False)
     flawed = known.filter(pl.col("first_error") > 0)
     return {
-        "first_error_accuracy": known.select(hit.mean()).item(),
-        "first_error_accuracy_flawed": flawed.select(hit.mean()).item(),
+        "first_error_accuracy": known.select(hit.mean()).item() if names else None,
+        "first_error_accuracy_flawed": flawed.select(hit.mean()).item() if names else None,
         "first_error_n": known.height,
         "first_error_n_flawed": flawed.height,
     }
@@ -367,7 +372,8 @@ def critic_card(rows: pl.DataFrame) -> Result:
 
     Columns: score (mean over the critic's samples, null where unparsed), verdict, and where known
     annotator_score, first_error and predicted_first_error (steps from 1, 0 = no wrong step, null = not
-    annotated or not said), and the groups source, subject, family, register, difficulty, n_tokens.
+    annotated or not said), first_score and second_score (two readings of the same response), missing_mass,
+    problem_id and equations_hash, and the groups source, subject, family, register, difficulty, n_tokens.
 
     Label: verdict is correct; unsupported and timed-out rows are dropped and counted (`undecided`).
     Positive: score ≥ 6. An unparsed critique is a wrong decision in `balanced_accuracy` and `f1`, so that a
@@ -382,6 +388,12 @@ def critic_card(rows: pl.DataFrame) -> Result:
         card |= _against_annotator(scored.filter(~_UNDECIDED))
     if "first_error" in rows.columns:
         card |= _first_errors(rows)
+    if "second_score" in rows.columns and rows["second_score"].count():
+        card["retest"] = score_agreement(rows["first_score"], rows["second_score"])
+    if "missing_mass" in rows.columns:
+        card["missing_mass"] = rows["missing_mass"].mean()
+    if "equations_hash" in rows.columns:
+        card["thresholds"] = threshold_curve(rows, THRESHOLDS)
     groups = [c for c in ("source", "subject", "family", "register", "difficulty") if c in rows.columns]
     card["by"] = {
         column: {name: _decisions(part) for name, part in _groups(rows, column)} for column in groups

@@ -51,8 +51,11 @@ CHECKPOINT = Stage(stages.checkpoint, 1)
 SFT = Stage(stages.sft, 3)
 SAMPLE = Stage(stages.sample, 1)
 CRITIC_DATA = Stage(stages.critic_data, 2)
-SCORE = Stage(stages.score, 1)
-CARD = Stage(stages.card, 2)
+SCORE = Stage(stages.score, 2)
+CARD = Stage(stages.card, 3)
+LABELLED = Stage(stages.labelled, 1)
+FLOOR = Stage(stages.floor, 1)
+PROBE = Stage(stages.probe, 1)
 SELECT = Stage(stages.select, 2)
 RFT_DATA = Stage(stages.rft_data, 1)
 MATCHED_DATA = Stage(stages.matched_data, 1)
@@ -153,7 +156,7 @@ def build(run: RunConfig) -> Graph:
         raise UserError(f"annotator.path: there is no file {run.annotator.path}; give another one.")
     taught = stages.CriticData(run.critic.data, run.annotator, run.critic.ask.reference, style, 0)
     examples = g.add("critic_data", CRITIC_DATA, taught, problems=problems, responses=pool)
-    start = _checkpoint(g, "critic_start", run.critic.model) if run.critic.model else base
+    start = g.add("critic_start", CHECKPOINT, checkpoint(run.critic.model)) if run.critic.model else base
     critic = g.add(
         "critic", SFT, stages.Sft(run.critic.train, run.trainer, 0), model=start, examples=examples
     )
@@ -201,7 +204,7 @@ def build(run: RunConfig) -> Graph:
 def _base(g: Graph, problems: Node, solutions: Node | None) -> Node:
     run = g.run
     if run.model.path:
-        start = _checkpoint(g, "checkpoint", run.model.path)
+        start = g.add("checkpoint", CHECKPOINT, checkpoint(run.model.path))
         if run.model.sft is None or solutions is None:
             return start
         return g.add("base", SFT, stages.Sft(run.model.sft, run.trainer, 0), model=start, examples=solutions)
@@ -211,14 +214,15 @@ def _base(g: Graph, problems: Node, solutions: Node | None) -> Node:
     return g.add("base", TINY_BASE, config, examples=solutions)
 
 
-def _checkpoint(g: Graph, name: str, path: str) -> Node:
+def checkpoint(path: str) -> stages.Checkpoint:
+    """A checkpoint folder as the config of its stage."""
     folder = Path(path).expanduser()
     if not (folder / "config.json").is_file():
         raise UserError(
             f"There is no checkpoint at {folder} (looked for config.json): give a folder with config.json, "
             "*.safetensors and the tokenizer's files, as save_pretrained writes them."
         )
-    return g.add(name, CHECKPOINT, stages.Checkpoint(content_digest(path), folder))
+    return stages.Checkpoint(content_digest(path), folder)
 
 
 def _evaluation(
@@ -301,25 +305,29 @@ def execute(
     for number, node in enumerate(needed, 1):
         progress = Progress(f"[{number}/{len(needed)}] {node.name}")
         inputs = {role: done[n.name] for role, n in node.inputs.items()}
-        config = key_part(node.config)
-
-        def work(
-            out: Path, node: Node = node, inputs: Any = inputs, progress: Progress = progress
-        ) -> dict[str, Any]:
-            progress.close("running")
-            return node.stage.run(node.config, inputs, out, progress)
-
-        artifact = store.build(
-            node.stage.name, node.stage.version, node.key, config, inputs, work, waiting=progress.close
-        )
-        done[node.name] = artifact
-        progress.close(f"{'reused' if artifact.cached else 'done'} ({duration(artifact.wall_s)})")
+        done[node.name] = artifact = run_stage(store, node.stage, node.config, inputs, progress)
         finished(node, artifact)
         if node.stage is SCORE:
             _check_parses(graph.run, node, artifact)
         if node.name in graph.gates:
             _check_gate(graph.run, node, artifact, progress)
     return done
+
+
+def run_stage(
+    store: Store, stage: Stage, config: Any, inputs: Mapping[str, Artifact], progress: Progress
+) -> Artifact:
+    """The stage's artifact from the store, or run now."""
+
+    def work(out: Path) -> dict[str, Any]:
+        progress.close("running")
+        return stage.run(config, inputs, out, progress)
+
+    part, keys = key_part(config), {role: artifact.key for role, artifact in inputs.items()}
+    key = artifact_key(stage.name, stage.version, part, keys)
+    artifact = store.build(stage.name, stage.version, key, part, inputs, work, waiting=progress.close)
+    progress.close(f"{'reused' if artifact.cached else 'done'} ({duration(artifact.wall_s)})")
+    return artifact
 
 
 def _check_parses(run: RunConfig, node: Node, scored: Artifact) -> None:

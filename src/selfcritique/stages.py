@@ -6,9 +6,12 @@ artifact key covers them all. Change what a stage computes, and its version goes
 """
 
 import json
+import sys
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -24,6 +27,7 @@ from selfcritique.config import (
     DataConfig,
     DpoLossConfig,
     EngineConfig,
+    Floor,
     PairConfig,
     PromptStyle,
     Reference,
@@ -401,15 +405,21 @@ def _journaled(
     out: Path,
     progress: Progress,
 ) -> list[Any]:
-    """All rows of `batches(done)`, each batch journaled as it finishes; a rerun asks for the rest only."""
-    journal = Journal(out / "scratch" / "journal.jsonl")
+    """The `total` rows of `batches(done)`, each batch journaled as it comes; a rerun asks for the rest."""
+    journal = Journal(_journal(out))
     done: dict[str, list[Any]] = journal.load()
-    progress(len(done), total)
+    n_rows = sum(map(len, done.values()))
+    progress(n_rows, total)
     for batch_id, rows in batches(done):
         journal.append(batch_id, rows)
         done[batch_id] = rows
-        progress(len(done), total)
+        n_rows += len(rows)
+        progress(n_rows, total)
     return [row for rows in done.values() for row in rows]
+
+
+def _journal(out: Path) -> Path:
+    return out / "scratch" / "journal.jsonl"
 
 
 def _complete(
@@ -424,7 +434,7 @@ def _complete(
                 [[c.prompt_index, c.sample, c.text, c.n_tokens, c.truncated] for c in batch.completions],
             )
 
-    return sorted(map(tuple, _journaled(batches, engine.n_batches(prompts, params), out, progress)))
+    return sorted(map(tuple, _journaled(batches, len(prompts) * params.n, out, progress)))
 
 
 @dataclass
@@ -499,8 +509,6 @@ class Score:
 
 def score(config: Score, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
     """critiques.parquet (texts) and scored.parquet (one row per response, no texts), by `critic`."""
-    from selfcritique.critique import mean_scores
-
     by_id = {p.id: p for p in load_problems(inputs["problems"])}
     responses = pl.read_parquet(inputs["responses"].path / "responses.parquet")
     ask = config.ask
@@ -510,7 +518,20 @@ def score(config: Score, inputs: Inputs, out: Path, progress: Progress) -> Metri
     ]
     with _engine(config.engine, inputs["critic"].path) as engine:
         read = _by_logits if ask.mode is CriticMode.logit else _by_text
+        resumed, start = _journal(out).exists(), time.perf_counter()
         rows = read(config, engine, prompts, out, progress)
+        seconds = (time.perf_counter() - start) / max(len(prompts), 1)
+    return write_scores(responses, rows, out) | {"seconds_per_response": None if resumed else seconds}
+
+
+Reading = tuple[int, int, str, float | None, str, float | None]
+"""(response's row, sample, critique, score, parse, missing mass: what all ten scores leave to other texts)"""
+
+
+def write_scores(responses: pl.DataFrame, rows: Sequence[Reading], out: Path) -> Metrics:
+    """critiques.parquet and scored.parquet of some critic's readings."""
+    from selfcritique.critique import mean_scores
+
     ids = responses["response_id"].to_list()
     schema = {
         "response_id": pl.String,
@@ -518,6 +539,7 @@ def score(config: Score, inputs: Inputs, out: Path, progress: Progress) -> Metri
         "text": pl.String,
         "score": pl.Float64,
         "parse": pl.String,
+        "missing_mass": pl.Float64,
     }
     critiques = pl.DataFrame([(ids[i], *rest) for i, *rest in rows], schema=schema, orient="row")
     critiques.write_parquet(out / "critiques.parquet")
@@ -526,25 +548,29 @@ def score(config: Score, inputs: Inputs, out: Path, progress: Progress) -> Metri
     )
     scored.write_parquet(out / "scored.parquet")
     failures = critiques["score"].null_count() / max(critiques.height, 1)
-    mean = critiques["score"].mean()
-    return {"critiques": critiques.height, "parse_failure_rate": failures, "mean_score": mean}
+    return {
+        "critiques": critiques.height,
+        "parse_failure_rate": failures,
+        "mean_score": critiques["score"].mean(),
+        "missing_mass": critiques["missing_mass"].mean(),
+    }
 
 
 def _by_text(
     config: Score, engine: Any, prompts: Sequence[Prompt], out: Path, progress: Progress
-) -> list[tuple[int, int, str, float | None, str]]:
+) -> list[Reading]:
     from selfcritique.critique import parse_score
     from selfcritique.engine.base import SamplingParams
 
     params = SamplingParams(config.ask.samples, config.ask.temperature, config.ask.max_tokens, config.seed)
     rows = _complete(engine, prompts, params, out, progress)
     read = ((i, k, text, parse_score(text, cut)) for i, k, text, _, cut in rows)
-    return [(i, k, text, value, parse.value) for i, k, text, (value, parse) in read]
+    return [(i, k, text, value, parse.value, None) for i, k, text, (value, parse) in read]
 
 
 def _by_logits(
     config: Score, engine: Any, prompts: Sequence[Prompt], out: Path, progress: Progress
-) -> list[tuple[int, int, str, float | None, str]]:
+) -> list[Reading]:
     from selfcritique.critique import SCORES, expected_score
 
     def batches(done: Mapping[str, Any]) -> Iterator[tuple[str, list[Any]]]:
@@ -552,20 +578,21 @@ def _by_logits(
             yield batch.batch_id, [[s.prompt_index, list(s.logps), s.missing_mass] for s in batch.scores]
 
     rows = sorted(_journaled(batches, len(prompts), out, progress))
-    return [
-        (i, 0, json.dumps({"missing_mass": m}), expected_score(logps), Parse.ok.value) for i, logps, m in rows
-    ]
+    return [(i, 0, "", expected_score(logps), Parse.ok.value, m) for i, logps, m in rows]
 
 
 @dataclass
 class Card:
-    """No settings: a card marks by the rules, whoever marked what the critic learned from."""
+    """No settings: a card marks by the rules, whoever marked what the critic learned from.
+
+    Responses of a labelled set come with marks of their own.
+    """
 
 
 def card(config: Card, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
-    """The critic card on critic_dev: card.json and its rows, rows.parquet."""
+    """A critic card: card.json and its rows, rows.parquet."""
     from selfcritique.annotate import annotate
-    from selfcritique.critique import named_first_error
+    from selfcritique.critique import named_first_error, step_of
     from selfcritique.evaluate import critic_card
 
     by_id = {p.id: p for p in load_problems(inputs["problems"])}
@@ -577,18 +604,144 @@ def card(config: Card, inputs: Inputs, out: Path, progress: Progress) -> Metrics
     rows = rows.join(
         critiques.select("response_id", critique="text"), on="response_id", maintain_order="left"
     )
-    marks = [annotate(by_id[p], text) for p, text in rows.select("problem_id", "text").iter_rows()]
-    groups = {g: [getattr(by_id[p], g) for p in rows["problem_id"]] for g in GROUPS}
+    named = [named_first_error(critique) for critique in rows["critique"]]
+    if "annotator_score" not in rows.columns:
+        marks = [annotate(by_id[p], text) for p, text in rows.select("problem_id", "text").iter_rows()]
+        rows = rows.with_columns(
+            annotator_score=pl.Series([float(m.score) for m in marks]),
+            first_error=pl.Series([m.first_error or 0 for m in marks]),
+        )
+    else:  # steps of the response, not equations
+        steps = zip(named, rows["step_equations"], strict=True)
+        named = [k if k is None or counts is None else step_of(k, counts) for k, counts in steps]
+    groups = {g: [getattr(by_id[p], g) for p in rows["problem_id"]] for g in (*GROUPS, "subject")}
     table = rows.drop("text", "critique").with_columns(
-        annotator_score=pl.Series([float(m.score) for m in marks]),
-        first_error=pl.Series([m.first_error or 0 for m in marks]),
-        predicted_first_error=pl.Series([named_first_error(c) for c in rows["critique"]], dtype=pl.Int64),
+        predicted_first_error=pl.Series(named, dtype=pl.Int64),
         **{g: pl.Series(values) for g, values in groups.items()},
     )
     table.write_parquet(out / "rows.parquet")
     result = critic_card(table)
     write_json(out / "card.json", result)
     return result
+
+
+# ---- critics measured by themselves ----------------------------------------------------------------------
+
+
+@dataclass
+class Asked:
+    """How a critic is going to be asked: what does not fit its context is left out and counted."""
+
+    style: PromptStyle
+    references: list[Reference]
+    max_tokens: int
+
+    def lengths(self, critic: Path, responses: Sequence[tuple[Problem, str]]) -> list[int | None]:
+        """Tokens of each response; None where prompt and critique exceed the context."""
+        encoder = _encoder(critic)
+        config = json.loads((critic / "config.json").read_text())
+        room = config.get("max_position_embeddings", sys.maxsize) - self.max_tokens - len(SCORE_PREFIX)
+        longest = [0] * len(responses)
+        for reference in self.references:
+            prompts = [critique_prompt(self.style, p, text, reference, True) for p, text in responses]
+            longest = list(map(max, longest, map(len, encoder.prompt_ids_many(prompts))))
+        counts = map(len, encoder.response_ids_many([text for _, text in responses]))
+        return [n if prompt <= room else None for n, prompt in zip(counts, longest, strict=True)]
+
+
+@dataclass
+class Labelled:
+    asked: Asked
+    limit: int
+    set: str = field(metadata={"content": True})
+
+
+def labelled(config: Labelled, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
+    """problems.parquet and responses.parquet of a labelled set, with its labels in place of the checker's."""
+    from selfcritique.annotate import equations
+    from selfcritique.critic_sets import read
+
+    found = read(Path(config.set).expanduser())[: config.limit or None]
+    lengths = config.asked.lengths(inputs["critic"].path, [(r.problem, r.text) for r in found])
+    kept = [(row, n) for row, n in zip(found, lengths, strict=True) if n is not None]
+    if not kept:
+        raise UserError(f"{config.set}: no response fits the critic's context with its prompt.")
+    rows, samples = [row for row, _ in kept], Counter[str]()
+    responses = []
+    for row, n in kept:
+        responses.append(Response(row.problem.id, samples[row.problem.id], row.text, n, False))
+        samples[row.problem.id] += 1
+    table = _graded([row.problem for row in rows], responses)
+    labels = {True: "correct", False: "incorrect"}
+    verdicts = [
+        verdict if row.correct is None else labels[row.correct]
+        for row, verdict in zip(rows, table["verdict"], strict=True)
+    ]
+    steps = [[len(equations(step)) for step in row.steps] or None for row in rows]
+    table.with_columns(
+        verdict=pl.Series(verdicts),
+        annotator_score=pl.Series([row.band_score for row in rows], dtype=pl.Float64),
+        first_error=pl.Series([row.first_error for row in rows], dtype=pl.Int64),
+        step_equations=pl.Series(steps, dtype=pl.List(pl.Int64)),
+    ).write_parquet(out / "responses.parquet")
+    asked = {row.problem.id: row.problem for row in rows}
+    pl.DataFrame([{"problem_id": i, **asdict(p)} for i, p in asked.items()]).write_parquet(
+        out / "problems.parquet"
+    )
+    return {"responses": len(rows), "questions": len(asked), "too_long": len(found) - len(rows)}
+
+
+@dataclass
+class ByFloor:
+    critic: Floor
+    reference: Reference
+    seed: int
+
+
+def floor(config: ByFloor, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
+    """As `score`, by a critic that needs no model."""
+    from selfcritique.annotate import guess, judge
+
+    by_id = {p.id: p for p in load_problems(inputs["problems"])}
+    responses = pl.read_parquet(inputs["responses"].path / "responses.parquet")
+    rows: list[Reading] = []
+    for i, (pid, rid, text) in enumerate(responses.select("problem_id", "response_id", "text").iter_rows()):
+        if config.critic is Floor.rules:
+            value, critique = judge(by_id[pid], text, config.reference)
+        else:
+            value, critique = guess(text, Random(f"{config.seed}/{rid}"))
+        rows.append((i, 0, critique, float(value), Parse.ok.value, None))
+    return write_scores(responses, rows, out)
+
+
+@dataclass
+class Probe:
+    asked: Asked
+    n: int
+    seed: int
+
+
+def probe(config: Probe, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
+    """responses.parquet: texts written to fool a critic (probes.py), from responses that are known."""
+    from selfcritique.probes import build_probes
+
+    by_id = {p.id: p for p in load_problems(inputs["problems"])}
+    table = pl.read_parquet(inputs["responses"].path / "responses.parquet")
+    known = [
+        (by_id[p], text, verdict)
+        for p, text, verdict in table.select("problem_id", "text", "verdict").iter_rows()
+    ]
+    made = build_probes(known, config.n, Random(config.seed))
+    lengths = config.asked.lengths(inputs["critic"].path, [(p, text) for _, p, text in made])
+    rows = [
+        {"probe": name, "problem_id": p.id, "response_id": content_id("probe", i, p.id, text), "text": text}
+        for i, ((name, p, text), n) in enumerate(zip(made, lengths, strict=True))
+        if n is not None
+    ]
+    pl.DataFrame(
+        rows, schema=dict.fromkeys(("probe", "problem_id", "response_id", "text"), pl.String)
+    ).write_parquet(out / "responses.parquet")
+    return {"probes": len(rows), "too_long": len(made) - len(rows)}
 
 
 # ---- selection -----------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def _hub(config: SourceConfig) -> tuple[Iterator[Problem], Iterator[Problem]]:
             "give data.mix[].path, a folder with train.jsonl and test.jsonl."
         ) from error
     return (
-        (_problem(dict(row), config.source, f"{name} row {i}") for i, row in enumerate(rows))
+        (problem_of(dict(row), config.source, f"{name} row {i}") for i, row in enumerate(rows))
         for rows in (train, test)
     )  # type: ignore[return-value]
 
@@ -102,10 +102,11 @@ def read_jsonl(path: Path, source: Source) -> Iterator[Problem]:
                 raise UserError(
                     f"{path}:{number}: not valid JSON ({cause}); mend or delete the line."
                 ) from None
-            yield _problem(row, source, f"{path}:{number}")
+            yield problem_of(row, source, f"{path}:{number}")
 
 
-def _problem(row: object, source: Source, where: str) -> Problem:
+def problem_of(row: object, source: Source, where: str) -> Problem:
+    """A row of a problem file; `where` names it in errors."""
     if not isinstance(row, dict):
         raise UserError(
             f"{where}: expected an object with `question` and `reference`, found {type(row).__name__}."

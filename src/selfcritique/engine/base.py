@@ -83,10 +83,6 @@ class Engine(Protocol):
         """All batches whose id is not in `done`; together with those, n completions of each prompt."""
         ...
 
-    def n_batches(self, prompts: Sequence[Prompt], params: SamplingParams) -> int:
-        """How many batches `generate` plans, for progress."""
-        ...
-
     def continuation_logprobs(
         self,
         prompts: Sequence[Prompt],

@@ -75,14 +75,11 @@ class HfEngine:
     def close(self) -> None:
         self.model = None
 
-    def n_batches(self, prompts: Sequence[Prompt], params: SamplingParams) -> int:
-        return len(self._plan_generate(self.encoder.prompt_ids_many(prompts), params))
-
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams, done: Container[str] = frozenset()
     ) -> Iterator[BatchResult]:
         ids = self.encoder.prompt_ids_many(prompts)
-        for batch in self._plan_generate(ids, params):
+        for batch in self._plan(ids, params.n, params.max_tokens, 1, f"generate {params}"):
             if batch.batch_id not in done:
                 with torch.inference_mode():
                     tokens, lengths = self._sample([ids[i] for i in batch.indices], params, batch.seed)
@@ -107,9 +104,6 @@ class HfEngine:
                     missing = [max(0.0, 1.0 - sum(map(exp, row))) for row in logps]
                 scores = map(ContinuationScores, batch.indices, map(tuple, logps), missing)
                 yield ScoreBatch(batch.batch_id, list(scores))
-
-    def _plan_generate(self, ids: Sequence[Sequence[int]], params: SamplingParams) -> list[PlannedBatch]:
-        return self._plan(ids, params.n, params.max_tokens, 1, f"generate {params}")
 
     def _plan(
         self, ids: Sequence[Sequence[int]], rows: int, new_tokens: int, logits_per_row: int, salt: str
@@ -204,26 +198,28 @@ class HfEngine:
         ]
 
     def _score(self, prompts: Sequence[Sequence[int]], tree: "_Tree") -> Tensor:
-        """(prompts, candidates) summed log-probs: the prompts' prefill, then all candidates in one pass.
+        """(prompts, candidates) summed log-probs, prompts and candidates in one pass.
 
         Shared beginnings of candidates ("1", "10") are one token: each token sees the prompt and its own
         ancestors alone.
         """
-        state = self._prefill(prompts, 1, len(tree.tokens))
-        logits = state.logits[:, None]
-        if len(tree.tokens):
-            seen = tree.ancestors.expand(len(prompts), 1, -1, -1)
-            prompt_slots = state.positions[:, None, None, : state.width]
-            before = (prompt_slots >= 0).expand(-1, 1, len(tree.tokens), -1)
-            after = self.model(
-                input_ids=tree.tokens.expand(len(prompts), -1),
-                attention_mask=torch.cat([before, seen], dim=-1),
-                position_ids=state.positions[:, state.width, None] + tree.depths,
-                past_key_values=state.cache,
-            ).logits
-            logits = torch.cat([logits, after], dim=1)  # (prompts, 1 + tree, vocabulary)
-        logps = logits.float().log_softmax(-1)
-        edges = logps[:, tree.parents, tree.targets]
+        width, new = len(prompts[0]), len(tree.tokens)  # planned longest first
+        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=self.device)
+        lengths = torch.tensor([len(p) for p in prompts], device=self.device)
+        slots = torch.arange(width, device=self.device) - (width - lengths)[:, None]  # negative at padding
+        positions = torch.cat([slots.clamp_min(0), lengths[:, None] + tree.depths], dim=1)
+        seen = torch.ones(width + new, width + new, dtype=torch.bool, device=self.device).tril()
+        seen[width:, width:] = tree.ancestors
+        real = torch.nn.functional.pad(slots >= 0, (0, new), value=True)
+        own = torch.eye(width + new, dtype=torch.bool, device=self.device)  # padding sees itself, not nothing
+        logits = self.model(
+            input_ids=torch.cat([ids, tree.tokens.expand(len(prompts), -1)], dim=1),
+            attention_mask=((seen & real[:, None]) | own)[:, None],
+            position_ids=positions,
+            logits_to_keep=new + 1,
+            use_cache=False,
+        ).logits  # (prompts, 1 + tree, vocabulary)
+        edges = logits.float().log_softmax(-1)[:, tree.parents, tree.targets]
         return edges.new_zeros(len(prompts), tree.n_candidates).index_add_(1, tree.owners, edges)
 
 

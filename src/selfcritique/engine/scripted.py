@@ -52,9 +52,6 @@ class ScriptedEngine:
     def close(self) -> None:
         """Nothing to free."""
 
-    def n_batches(self, prompts: Sequence[Prompt], params: SamplingParams) -> int:
-        return len(self._plan(prompts, f"generate {params}"))
-
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams, done: Container[str] = frozenset()
     ) -> Iterator[BatchResult]:
