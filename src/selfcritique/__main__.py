@@ -21,6 +21,7 @@ HELP = """selfcritique: the Self-Critique pipeline for mathematical reasoning
   selfcritique -m experiment=demo seed=0,1,2               sweep; the points share their stages
   selfcritique store ls|gc|pin KEY|unpin KEY [--store DIR] [--all] the artifacts and their disk
   selfcritique compare 'runs=[outputs/demo/*]' [metric=maj@4]   seeds and experiments side by side
+  selfcritique evaluate 'model=[FOLDER,...]' 'sets=[gsm8k,mmlu,...]' checkpoints on evaluation sets (SuiteConfig)
   selfcritique experiment=demo --cfg job     the composed settings
 
 Results: outputs/EXPERIMENT/TIME/ (summary.json, metrics.jsonl, lineage.json). Settings: conf/, documented
@@ -41,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _store(words[1:])
         elif words[0] == "compare":
             _compare(words[1:])
+        elif words[0] == "evaluate":
+            _evaluate(words[1:])
         else:
             _hydra(words)
     except UserError as error:
@@ -178,6 +181,34 @@ def _compare(words: list[str]) -> None:
 
     models = load_models(runs, Path(given.get("store", "store")))
     print(markdown(models, given.get("metric", "accuracy")))
+
+
+# ---- checkpoints on evaluation sets ---------------------------------------------------------------------
+
+
+def _evaluate(words: list[str]) -> None:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from selfcritique.config import SuiteConfig
+
+    try:
+        given = OmegaConf.from_dotlist(words)
+        for name in ("model", "sets"):  # one needs no brackets
+            if isinstance(given.get(name), str):
+                given[name] = [given[name]]
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SuiteConfig), given))
+    except OmegaConfBaseException as error:
+        raise UserError(f"evaluate: {_explain(error)}") from None
+    assert isinstance(config, SuiteConfig)
+    from selfcritique import suite
+    from selfcritique.artifacts import full_disk_is_user_error
+
+    with full_disk_is_user_error(Path(config.out)):
+        summary, values = suite.evaluate(config)
+        folder = suite.write(summary, values, Path(config.out))
+    print(suite.markdown(summary))
+    print(f"evaluate.json and values.parquet: {folder}")
 
 
 # ---- the store -----------------------------------------------------------------------------------------

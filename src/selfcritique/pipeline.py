@@ -212,13 +212,18 @@ def _base(g: Graph, problems: Node, solutions: Node | None) -> Node:
 
 
 def _checkpoint(g: Graph, name: str, path: str) -> Node:
+    return g.add(name, CHECKPOINT, checkpoint_config(path))
+
+
+def checkpoint_config(path: str) -> stages.Checkpoint:
+    """A user's checkpoint folder by its content."""
     folder = Path(path).expanduser()
     if not (folder / "config.json").is_file():
         raise UserError(
             f"There is no checkpoint at {folder} (looked for config.json): give a folder with config.json, "
             "*.safetensors and the tokenizer's files, as save_pretrained writes them."
         )
-    return g.add(name, CHECKPOINT, stages.Checkpoint(content_digest(path), folder))
+    return stages.Checkpoint(content_digest(path), folder)
 
 
 def _evaluation(
@@ -301,25 +306,30 @@ def execute(
     for number, node in enumerate(needed, 1):
         progress = Progress(f"[{number}/{len(needed)}] {node.name}")
         inputs = {role: done[n.name] for role, n in node.inputs.items()}
-        config = key_part(node.config)
-
-        def work(
-            out: Path, node: Node = node, inputs: Any = inputs, progress: Progress = progress
-        ) -> dict[str, Any]:
-            progress.close("running")
-            return node.stage.run(node.config, inputs, out, progress)
-
-        artifact = store.build(
-            node.stage.name, node.stage.version, node.key, config, inputs, work, waiting=progress.close
-        )
+        artifact = run_stage(store, node.stage, node.key, node.config, inputs, progress)
         done[node.name] = artifact
-        progress.close(f"{'reused' if artifact.cached else 'done'} ({duration(artifact.wall_s)})")
         finished(node, artifact)
         if node.stage is SCORE:
             _check_parses(graph.run, node, artifact)
         if node.name in graph.gates:
             _check_gate(graph.run, node, artifact, progress)
     return done
+
+
+def run_stage(
+    store: Store, stage: Stage, key: str, config: Any, inputs: Mapping[str, Artifact], progress: Progress
+) -> Artifact:
+    """The stage's artifact, from the store or made now."""
+
+    def work(out: Path) -> dict[str, Any]:
+        progress.close("running")
+        return stage.run(config, inputs, out, progress)
+
+    artifact = store.build(
+        stage.name, stage.version, key, key_part(config), inputs, work, waiting=progress.close
+    )
+    progress.close(f"{'reused' if artifact.cached else 'done'} ({duration(artifact.wall_s)})")
+    return artifact
 
 
 def _check_parses(run: RunConfig, node: Node, scored: Artifact) -> None:

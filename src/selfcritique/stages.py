@@ -236,13 +236,13 @@ def matched_data(config: MatchedData, inputs: Inputs, out: Path, progress: Progr
 
 
 def _token_counts(model: Path, rows: Sequence[Mapping[str, str]]) -> list[int]:
-    encoder = _encoder(model)
+    encoder = load_encoder(model)
     prompts = encoder.prompt_ids_many([_prompt(row["prompt"]) for row in rows])
     responses = encoder.response_ids_many([row["response"] for row in rows])
     return [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
 
 
-def _encoder(model: Path) -> Any:
+def load_encoder(model: Path) -> Any:
     from transformers import AutoTokenizer
 
     from selfcritique.prompts import PromptEncoder
@@ -324,7 +324,7 @@ def _fit_sft(
     from selfcritique.train.batch import TokenExample
     from selfcritique.train.fit import fit_sft
 
-    encoder = _encoder(model)
+    encoder = load_encoder(model)
     prompts = encoder.prompt_ids_many([_prompt(text) for text in rows["prompt"]])
     responses = encoder.response_ids_many(rows["response"].to_list())
     examples = [TokenExample(p, r) for p, r in zip(prompts, responses, strict=True)]
@@ -334,7 +334,7 @@ def _fit_sft(
 def _token_pairs(style: PromptStyle, inputs: Inputs) -> list[Any]:
     from selfcritique.train.batch import TokenPair
 
-    encoder = _encoder(inputs["model"].path)
+    encoder = load_encoder(inputs["model"].path)
     by_id = {p.id: p for p in load_problems(inputs["problems"])}
     texts = pl.read_parquet(inputs["responses"].path / "responses.parquet").select("response_id", "text")
     text_of = dict(texts.iter_rows())
@@ -385,21 +385,25 @@ def dpo(config: Dpo, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
 
 
 @contextmanager
-def _engine(config: EngineConfig, model: Path) -> Iterator[Any]:
+def open_engine(config: EngineConfig, model: Path) -> Iterator[Any]:
     from selfcritique.engine.hf import HfEngine
 
     with HfEngine(model, config.max_batch_tokens, config.dtype, config.device) as engine:
         yield engine
 
 
-def _journaled(
+def journaled(
     batches: Callable[[Mapping[str, Any]], Iterator[tuple[str, list[Any]]]],
     total: int,
     out: Path,
     progress: Progress,
+    part: str = "journal",
 ) -> list[Any]:
-    """All rows of `batches(done)`, each batch journaled as it finishes; a rerun asks for the rest only."""
-    journal = Journal(out / "scratch" / "journal.jsonl")
+    """All rows of `batches(done)`, each batch journaled as it finishes; a rerun asks for the rest only.
+
+    A stage that asks several times names each `part`.
+    """
+    journal = Journal(out / "scratch" / f"{part}.jsonl")
     done: dict[str, list[Any]] = journal.load()
     progress(len(done), total)
     for batch_id, rows in batches(done):
@@ -409,8 +413,13 @@ def _journaled(
     return [row for rows in done.values() for row in rows]
 
 
-def _complete(
-    engine: Any, prompts: Sequence[Prompt], params: Any, out: Path, progress: Progress
+def complete(
+    engine: Any,
+    prompts: Sequence[Prompt],
+    params: Any,
+    out: Path,
+    progress: Progress,
+    part: str = "journal",
 ) -> list[tuple[int, int, str, int, bool]]:
     """(prompt index, sample, text, tokens, truncated) of every completion, in that order."""
 
@@ -421,7 +430,8 @@ def _complete(
                 [[c.prompt_index, c.sample, c.text, c.n_tokens, c.truncated] for c in batch.completions],
             )
 
-    return sorted(map(tuple, _journaled(batches, engine.n_batches(prompts, params), out, progress)))
+    total = engine.n_batches(prompts, params)
+    return sorted(map(tuple, journaled(batches, total, out, progress, part)))
 
 
 @dataclass
@@ -444,8 +454,8 @@ def sample(config: Sample, inputs: Inputs, out: Path, progress: Progress) -> Met
     asked = load_problems(inputs["problems"], config.split, config.limit)
     s = config.sampling
     params = SamplingParams(s.n, s.temperature, s.max_tokens, config.seed, s.top_p, s.top_k)
-    with _engine(config.engine, inputs["model"].path) as engine:
-        rows = _complete(
+    with open_engine(config.engine, inputs["model"].path) as engine:
+        rows = complete(
             engine, [solve_prompt(config.style, p.question) for p in asked], params, out, progress
         )
     responses = [Response(asked[i].id, k, text, n, cut) for i, k, text, n, cut in rows]
@@ -505,7 +515,7 @@ def score(config: Score, inputs: Inputs, out: Path, progress: Progress) -> Metri
         critique_prompt(config.style, by_id[p], text, ask.reference, score_only=ask.mode is CriticMode.logit)
         for p, text in responses.select("problem_id", "text").iter_rows()
     ]
-    with _engine(config.engine, inputs["critic"].path) as engine:
+    with open_engine(config.engine, inputs["critic"].path) as engine:
         read = _by_logits if ask.mode is CriticMode.logit else _by_text
         rows = read(config, engine, prompts, out, progress)
     ids = responses["response_id"].to_list()
@@ -534,7 +544,7 @@ def _by_text(
     from selfcritique.engine.base import SamplingParams
 
     params = SamplingParams(config.ask.samples, config.ask.temperature, config.ask.max_tokens, config.seed)
-    rows = _complete(engine, prompts, params, out, progress)
+    rows = complete(engine, prompts, params, out, progress)
     read = ((i, k, text, parse_score(text, cut)) for i, k, text, _, cut in rows)
     return [(i, k, text, value, parse.value) for i, k, text, (value, parse) in read]
 
@@ -548,7 +558,7 @@ def _by_logits(
         for batch in engine.continuation_logprobs(prompts, SCORES, SCORE_PREFIX, done):
             yield batch.batch_id, [[s.prompt_index, list(s.logps), s.missing_mass] for s in batch.scores]
 
-    rows = sorted(_journaled(batches, len(prompts), out, progress))
+    rows = sorted(journaled(batches, len(prompts), out, progress))
     return [
         (i, 0, json.dumps({"missing_mass": m}), expected_score(logps), Parse.ok.value) for i, logps, m in rows
     ]
