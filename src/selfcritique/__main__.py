@@ -21,7 +21,7 @@ HELP = """selfcritique: the Self-Critique pipeline for mathematical reasoning
   selfcritique -m experiment=demo seed=0,1,2               sweep; the points share their stages
   selfcritique store ls|gc|pin KEY|unpin KEY [--store DIR] [--all] the artifacts and their disk
   selfcritique compare 'runs=[outputs/demo/*]' [metric=maj@4]   seeds and experiments side by side
-  selfcritique evaluate 'model=[FOLDER,...]' 'sets=[gsm8k,mmlu,...]' checkpoints on evaluation sets (SuiteConfig)
+  selfcritique evaluate 'model=[FOLDER,...]' 'sets=[gsm8k,mmlu,...]'  checkpoints on evaluation sets
   selfcritique experiment=demo --cfg job     the composed settings
 
 Results: outputs/EXPERIMENT/TIME/ (summary.json, metrics.jsonl, lineage.json). Settings: conf/, documented

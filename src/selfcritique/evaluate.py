@@ -205,7 +205,7 @@ def compare_models(
 def compare_values(
     left: pl.DataFrame, right: pl.DataFrame, metric: str, seed: int, a: str = "a", b: str = "b"
 ) -> Result:
-    """`compare_models` of two tables of values (problem_id, source, value) with the same problems in order."""
+    """`compare_models` of two tables (problem_id, source, value) with the same problems in order."""
     x, y = left["value"].to_numpy(), right["value"].to_numpy()
     found = stats.paired_bootstrap(x, y, seed, strata=left["source"].to_numpy())
     binary = bool(np.isin(x, (0, 1)).all() and np.isin(y, (0, 1)).all())

@@ -17,12 +17,15 @@ _OVERALL = (
     rf"{OVERALL}|综合(?:评分|分数|分)|总(?:体)?(?:得分|评分|分)|最终(?:得分|评分)|overall|final score|rating"
 )
 _QUOTES = str.maketrans("“”„‘’‚「」『』`", '"""\'\'\'""""\'')
-# What stands between a name and its score: closing quote, "(1-10)", colon or "is", opening quote.
-_SEPARATOR = r"[\s_]*(?:score|rating)?[\s'\"*]*(?:\([^()]*\))?[\s*]*(?:[:=]>?|为|是|\bis\b)[\s'\"*]*"
+# What stands between a name and its score: closing quote, "(1-10)", colon or "is", opening quote. Bounded
+# repeats: a judge that loops writes thousands of spaces.
+_SEPARATOR = (
+    r"[\s_]{0,2}(?:score|rating)?[\s'\"*]{0,6}(?:\([^()]{0,40}\))?[\s*]{0,4}(?:[:=]>?|为|是|\bis\b)[\s'\"*]{0,6}"
+)
 # A whole number or decimal, "/10" allowed, that is not the beginning of another number, a range or a ratio.
 _NUMBER = re.compile(
-    r"(-?\d+(?:\.\d+)?)(?:\s*/\s*10(?!\d)|\s*out of 10(?!\d))?"
-    r"(?!\d|[.,]\d|\s*%|\s*分?\s*(?:[-~–—/]|至|到|to\b|or\b|或)\s*\d)"
+    r"(-?\d+(?:\.\d+)?)(?:\s?/\s?10(?!\d)| out of 10(?!\d))?"
+    r"(?!\d|[.,]\d|\s?%|\s?分?\s?(?:[-~–—/]|至|到|to\b|or\b|或)\s?\d)"
 )
 _DICTIONARY = re.compile(r"\{([^{}]*)\}")
 _VERDICT = re.compile(rf"(?:{_OVERALL}){_SEPARATOR}(?=-?\d)|\[\[\s*(?=-?\d)", re.IGNORECASE)

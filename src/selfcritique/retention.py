@@ -15,7 +15,7 @@ TOKENS_PER_FORWARD = 4096
 
 
 def text_windows(encoder: PromptEncoder, text: str, size: int) -> list[list[int]]:
-    """Consecutive pieces of `size` tokens, each after a BOS where the tokenizer has one; the rest is dropped."""
+    """Consecutive pieces of `size` tokens, each after a BOS if the tokenizer has one; a rest is dropped."""
     ids = encoder.response_ids(text, eos=False)
     start = [] if encoder.bos_id is None else [encoder.bos_id]
     windows = [start + ids[i : i + size] for i in range(0, len(ids) - size + 1, size)]

@@ -1,4 +1,4 @@
-"""The stages of `selfcritique evaluate`; those it shares with a run (checkpoint, sample) are in `stages.py`."""
+"""Stages of `selfcritique evaluate`; those it shares with a run (checkpoint, sample) are in `stages.py`."""
 
 import json
 from collections.abc import Iterator, Mapping

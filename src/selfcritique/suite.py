@@ -112,7 +112,8 @@ class Suite:
         self, name: EvalSet, label: str, problems: Artifact, answers: Artifact, about: pl.DataFrame
     ) -> dict[str, Measured]:
         """By judge and critic; with both, how far they agree stands in the details of the second."""
-        c, found, first = self.config, dict[str, Measured](), None
+        c, found = self.config, dict[str, Measured]()
+        first: pl.Series | None = None
         for who, path in (
             ("judge", c.judge.model),
             ("critic", c.judge.critic if name is EvalSet.mathusereval else ""),
@@ -129,7 +130,7 @@ class Suite:
             whole = rows.group_by("problem_id", "source", "family", "subject", maintain_order=True).agg(
                 pl.col("score", "published").mean(), pl.col("parse").max()
             )
-            agreement = {} if first is None else {"agreement": score_agreement(first, whole["score"])}
+            agreement: Result = {} if first is None else {"agreement": score_agreement(first, whole["score"])}
             first = whole["score"]
             found[who] = _values(about, whole, pl.col("score"), judge_summary(whole) | agreement)
         return found
