@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; exits non-zero if anything failed."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     _failed.clear()
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # progress is ours
     try:
         if not words or words[0] in ("-h", "--help", "help"):
             print(_help())
@@ -75,7 +76,6 @@ def _help() -> str:
 
 
 def _hydra(words: list[str]) -> None:
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # progress is ours
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises; what is printed is decided here
     import hydra
     from hydra.errors import HydraException

@@ -57,7 +57,7 @@ def _gsm_hard(row: Row, number: int) -> Row:
 
 def exact_target(target: float) -> str:
     """The number that one of GSM-hard's floats stands for: 3244047.0999999996 and, rounded, 5.3333333333."""
-    exact = Fraction(target).limit_denominator(1000)
+    exact = Fraction(repr(target)).limit_denominator(1000)
     return str(exact) if isclose(exact, target, rel_tol=1e-13, abs_tol=5.1e-11) else repr(target)
 
 
