@@ -1,4 +1,4 @@
-"""Verdicts of judges: the right score or none, in the forms models write them; what was published beside it."""
+"""Verdicts of judges: the right score or none, in the forms models write; what was published beside it."""
 
 from time import process_time
 
@@ -9,7 +9,7 @@ from selfcritique.prompts import DIMENSIONS, MATHUSEREVAL, MT_BENCH, OVERALL, ju
 from selfcritique.records import Parse
 
 DIMS = "'事实正确性': 8, '满足用户需求': 7, '逻辑连贯性': 9, '完备性': 6"
-FULL = "{%s, '综合得分': %%s}" % DIMS
+FULL = "{" + DIMS + ", '综合得分': %s}"
 OTHER = FULL.replace("8", "3") % 3
 
 # text, score (None: failed), how it was read, what the published parser makes of it
@@ -37,7 +37,7 @@ FORMS: list[tuple[str, float | None, str, float]] = [
     (f"{FULL % 7}\n集合 {{1, 2}} 不影响结论。", 7, "ok", 7),  # braces after
     (f"先按格式 {OTHER}\n最终：{FULL % 7}", 7, "ok", 7),  # two verdicts: the last
     (f"{OTHER} 修正为 {FULL % 7}", 7, "ok", 7),  # on one line
-    ("{{%s}}" % (FULL % 7)[1:-1], 7, "ok", 7),  # doubled braces
+    ("{" + FULL % 7 + "}", 7, "ok", 7),  # doubled braces
     ("{'评分': %s}" % (FULL % 7), 7, "ok", 7),  # nested
     ("{'综合得分': 7}", 7, "repaired", 7),  # dimensions missing
     ("{'事实正确性': 85, '综合得分': 7}", 7, "repaired", 7),  # a dimension on another scale
@@ -51,7 +51,7 @@ FORMS: list[tuple[str, float | None, str, float]] = [
     ("[[5.5]]", 5.5, "repaired", -1),
     ("这份回答很好。", None, "failed", -1),  # none
     ("", None, "failed", -1),
-    ("{%s}" % DIMS, None, "failed", -1),  # dimensions alone make no overall score
+    ("{" + DIMS + "}", None, "failed", -1),  # dimensions alone make no overall score
     (FULL % 0, None, "failed", 0),  # out of range
     (FULL % 11, None, "failed", 11),
     (FULL % 85, None, "failed", 85),
@@ -95,8 +95,8 @@ def test_dimensions_are_read() -> None:
     ("text", "score", "parse"),
     [
         (FULL % 7, 7, Parse.ok),  # a whole dictionary was not cut
-        ("{%s, '综合得分': 1" % DIMS, None, Parse.truncated),  # perhaps the beginning of 10
-        ("{%s, '综合得分': 7, '其他" % DIMS, 7, Parse.repaired),
+        ("{" + DIMS + ", '综合得分': 1", None, Parse.truncated),  # perhaps the beginning of 10
+        ("{" + DIMS + ", '综合得分': 7, '其他", 7, Parse.repaired),
         ("评价还没有写完", None, Parse.truncated),
     ],
 )
@@ -105,7 +105,9 @@ def test_a_verdict_that_the_token_limit_may_have_cut(text: str, score: float | N
     assert (read.score, read.parse) == (score, parse)
 
 
-@pytest.mark.parametrize("piece", ["{", "'", " ", "*", "(", "综合得分", "综合得分 ", "综合得分: ", "'综合得分': 7", "1"])
+@pytest.mark.parametrize(
+    "piece", ["{", "'", " ", "*", "(", "综合得分", "综合得分 ", "综合得分: ", "'综合得分': 7", "1"]
+)
 def test_a_looping_judge_is_read_in_linear_time(piece: str) -> None:
     """Ten times the text takes about ten times the time, not a hundred times."""
     times = []

@@ -90,7 +90,8 @@ def test_checked_set_with_a_paired_comparison(cast: Callable[..., Cast], tmp_pat
     fall the same way with probability 2 · (1/2)² = 0.5."""
     made = cast(base=adds({0}), better=adds({0, 1, 2}))
     path = written(
-        tmp_path / "g.jsonl", [{"question": f"What is {n} plus 1", "answer": f"#### {n + 1}"} for n in range(4)]
+        tmp_path / "g.jsonl",
+        [{"question": f"What is {n} plus 1", "answer": f"#### {n + 1}"} for n in range(4)],
     )
     config = settings(made, tmp_path, ["base", "better"], [EvalSet.gsm8k], paths={"gsm8k": path})
     summary, values = evaluate(config)
@@ -121,7 +122,8 @@ def test_checked_set_with_a_paired_comparison(cast: Callable[..., Cast], tmp_pat
 def test_a_killed_evaluation_goes_on_where_it_stopped(cast: Callable[..., Cast], tmp_path: Path) -> None:
     made = cast(base=adds({0}))
     path = written(
-        tmp_path / "g.jsonl", [{"question": f"What is {n} plus 1", "answer": f"#### {n + 1}"} for n in range(6)]
+        tmp_path / "g.jsonl",
+        [{"question": f"What is {n} plus 1", "answer": f"#### {n + 1}"} for n in range(6)],
     )
     config = settings(made, tmp_path, ["base"], [EvalSet.gsm8k], paths={"gsm8k": path})
     made.die_at = 2  # after two batches of two
@@ -214,7 +216,12 @@ def test_mt_bench_speaks_two_turns(cast: Callable[..., Cast], tmp_path: Path) ->
     one question, 4 and none of the other: 7.5 and 4."""
     rows = [
         {"question_id": 81, "category": "writing", "turns": ["first81", "second81"]},
-        {"question_id": 101, "category": "math", "turns": ["first101", "second101"], "reference": ["r1", "r2"]},
+        {
+            "question_id": 101,
+            "category": "math",
+            "turns": ["first101", "second101"],
+            "reference": ["r1", "r2"],
+        },
     ]
     talks = []
 
@@ -225,7 +232,7 @@ def test_mt_bench_speaks_two_turns(cast: Callable[..., Cast], tmp_path: Path) ->
     def judge(prompt: Prompt, sample: int) -> str:
         content = prompt.messages[-1].content
         named = {"answer to second81\n>>>": "{'Overall': 9}", "answer to first81\n>>>": "Rating: [[6]]",
-                 "answer to first101\n>>>": '{"overall": 4}', "answer to second101\n>>>": "no idea"}  # fmt: skip
+                 "answer to first101\n>>>": '{"overall": 4}', "answer to second101\n>>>": "none"}  # fmt: skip
         return next(text for name, text in named.items() if name in content)
 
     made = cast(base=model, judge=judge)
@@ -244,7 +251,8 @@ def test_mt_bench_speaks_two_turns(cast: Callable[..., Cast], tmp_path: Path) ->
 
 
 def test_choices_by_log_likelihood(cast: Callable[..., Cast], tmp_path: Path) -> None:
-    """C is likeliest everywhere: right in one of two. 1 − e⁻¹ − 3 e⁻³ is missing. D is no choice of the second."""
+    """D is likeliest, and C where there is no D: right in one of two. Of the whole answers' probability
+    1 − e⁻¹ (D) − e⁻³ (C) − 2 e⁻³·⁵ (A, B) is missing."""
     made = cast(base=lambda prompt, _: "")
     made.logp = lambda prompt, text: {"D": -1.0}.get(text, -3.0) - (0.5 if text in "AB" else 0)
     rows = [
@@ -266,7 +274,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     root = tmp_path_factory.mktemp("tiny")
     tokenizer = build_tokenizer([TEXT, "A B C D"], [], 20)
     for seed in (0, 1):
-        save_tiny(TinyConfig(hidden_size=32, intermediate_size=32, layers=1), tokenizer, seed, root / f"m{seed}")
+        save_tiny(
+            TinyConfig(hidden_size=32, intermediate_size=32, layers=1), tokenizer, seed, root / f"m{seed}"
+        )
     return [str(root / "m0"), str(root / "m1")]
 
 

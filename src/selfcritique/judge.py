@@ -20,7 +20,8 @@ _QUOTES = str.maketrans("“”„‘’‚「」『』`", '"""\'\'\'""""\'')
 # What stands between a name and its score: closing quote, "(1-10)", colon or "is", opening quote. Bounded
 # repeats: a judge that loops writes thousands of spaces.
 _SEPARATOR = (
-    r"[\s_]{0,2}(?:score|rating)?[\s'\"*]{0,6}(?:\([^()]{0,40}\))?[\s*]{0,4}(?:[:=]>?|为|是|\bis\b)[\s'\"*]{0,6}"
+    r"[\s_]{0,2}(?:score|rating)?[\s'\"*]{0,6}(?:\([^()]{0,40}\))?[\s*]{0,4}"
+    r"(?:[:=]>?|为|是|\bis\b)[\s'\"*]{0,6}"
 )
 # A whole number or decimal, "/10" allowed, that is not the beginning of another number, a range or a ratio.
 _NUMBER = re.compile(

@@ -121,8 +121,10 @@ JUDGED = (EvalSet.mathusereval, EvalSet.mt_bench, EvalSet.mt_bench_zh)
 
 def locate(name: EvalSet, given: str) -> tuple[str, str]:
     """(file, hub address), one of them empty, from what the user gave for the set."""
-    if Path(given).expanduser().is_file():
-        return str(Path(given).expanduser()), ""
+    file = Path(given).expanduser()
+    file = file / "test.jsonl" if file.is_dir() and given else file
+    if file.is_file():
+        return str(file), ""
     hub = given or SETS[name].hub
     if not hub or (given and (given.count("/") != 1 or given.startswith((".", "~", "/")))):
         there = f"there is no file {given}" if given else "it has no known place on the hub"
