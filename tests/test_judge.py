@@ -109,15 +109,15 @@ def test_a_verdict_that_the_token_limit_may_have_cut(text: str, score: float | N
     "piece", ["{", "'", " ", "*", "(", "综合得分", "综合得分 ", "综合得分: ", "'综合得分': 7", "1"]
 )
 def test_a_looping_judge_is_read_in_linear_time(piece: str) -> None:
-    """Ten times the text takes about ten times the time, not a hundred times."""
+    """Fifty times the text takes about fifty times as long, not 2,500 times."""
     times = []
-    for n in (5_000, 50_000):
+    for n in (1_000, 50_000):
         text = OVERALL + piece * n
         start = process_time()
         parse_rating(text, True)
         published_rating(text)
         times.append(process_time() - start)
-    assert times[1] < 40 * times[0]
+    assert times[1] < 500 * times[0]
 
 
 def test_leaderboard_rows_are_copied_right() -> None:
