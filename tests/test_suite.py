@@ -20,7 +20,7 @@ from selfcritique.records import Prompt
 from selfcritique.retention import text_windows, window_losses
 from selfcritique.stages import load_encoder
 from selfcritique.stats import wilson
-from selfcritique.suite import evaluate, labels, markdown
+from selfcritique.suite import evaluate, labels, markdown, write
 from selfcritique.train.model import load_model
 from selfcritique.train.tiny import build_tokenizer, save_tiny
 
@@ -194,8 +194,10 @@ def test_mathusereval_by_judge_and_critic(cast: Callable[..., Cast], tmp_path: P
     judge_asked = [text for who, text in made.asked if who == "judge"]
     assert len(judge_asked) == 5 and "参考答案：\n<<<\n参考2" in next(t for t in judge_asked if "题2" in t)
     table = markdown(summary)
-    assert "| base | judge | 6.38 | 5.83 | 75.00 | 8.00 | – | 2.00 | – | 7.50 |" in table
-    assert "| GLM-4 (published) | GPT-4-1106-Preview | 5.11 | 5.21 | – | 4.47 |" in table
+    assert "| base | judge | 6.38 | 5.83 | 75.00 | 4.20 | 8.00 | – | 2.00 | – | 7.50 |" in table
+    assert "| GLM-4 (published) | GPT-4-1106-Preview | 5.11 | 5.21 | – | 5.11 | 4.47 |" in table
+    assert "Judge and critic on base: κ 1.00, Spearman 1.00, n 4." in table
+    assert (write(summary, values, tmp_path / "out") / "evaluate.json").is_file()  # one score has no interval
 
     asked = len(made.asked)
     config.supplement = True
@@ -209,6 +211,18 @@ def test_mathusereval_by_judge_and_critic(cast: Callable[..., Cast], tmp_path: P
     (judged, _) = evaluate(config)[0]["results"]
     assert judged["value"] == 3 and made.count("base") == before  # the same answers, judged anew
     assert ("judge", "问 题2 参 参考2 答 答题2 {'综合得分': 分}\n") in made.asked
+
+
+def test_a_judge_that_says_nothing_leaves_nothing_to_compare(
+    cast: Callable[..., Cast], tmp_path: Path
+) -> None:
+    made = cast(base=lambda *_: "a", other=lambda *_: "b", judge=lambda *_: "hm")
+    paths = {"mathusereval": written(tmp_path / "m.jsonl", MATHUSEREVAL)}
+    judges = JudgeConfig(model=made.folders["judge"])
+    config = settings(made, tmp_path, ["base", "other"], [EvalSet.mathusereval], paths=paths, judge=judges)
+    summary, _ = evaluate(config)
+    assert [(r["value"], r["n"], r["failed"]) for r in summary["results"]] == [(None, 0, 5)] * 2
+    assert summary["comparisons"] == [] and "| other | – | 0 | 5 |" in markdown(summary)
 
 
 def test_mt_bench_speaks_two_turns(cast: Callable[..., Cast], tmp_path: Path) -> None:

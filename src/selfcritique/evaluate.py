@@ -11,7 +11,7 @@ A model's table holds one row per answer to a test problem:
 
 Metrics are named `accuracy`, `pass@k`, `maj@k` and `best@k` (k a number). `problem_values` turns each into
 one value per problem between 0 and 1; every interval and test is over those values. Results are plain dicts
-for `summary.json`: what is not defined is None, never NaN.
+for `summary.json`: what is not defined or not bounded is None, never NaN.
 """
 
 import math
@@ -37,7 +37,7 @@ _UNDECIDED = pl.col("verdict").is_in([Verdict.unsupported.value, Verdict.timeout
 
 
 def _number(x: float) -> float | None:
-    return None if math.isnan(x) else float(x)
+    return float(x) if math.isfinite(x) else None
 
 
 def _interval(found: stats.Interval) -> Result:

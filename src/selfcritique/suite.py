@@ -166,8 +166,10 @@ def evaluate(config: SuiteConfig) -> tuple[Result, pl.DataFrame]:
                 about = {"set": name.value, "metric": metric, "model": label}
                 results.append({**about, **summarise_values(measured.values), "details": measured.details})
                 tables.append(measured.values.with_columns(**{k: pl.lit(v) for k, v in about.items()}))
-                if label != base and metric in of_base:
-                    pair = _paired(measured.values, of_base[metric].values)
+                if label == base or metric not in of_base:
+                    continue
+                pair = _paired(measured.values, of_base[metric].values)
+                if pair[0].height:
                     comparisons.append({**about, **compare_values(*pair, metric, config.seed, label, base)})
     summary = {
         "base": base,
@@ -228,7 +230,8 @@ def _shown(row: Mapping[str, Any]) -> str:
         return "–"
     change = {"accuracy": lambda x: 100 * x, "nll": math.exp}.get(row["metric"], float)
     digits = {"accuracy": 1, "kl": 4}.get(row["metric"], 2)
-    return "{} [{}, {}]".format(*(f"{change(row[k]):.{digits}f}" for k in ("value", "low", "high")))
+    cells = ("–" if row[k] is None else f"{change(row[k]):.{digits}f}" for k in ("value", "low", "high"))
+    return "{} [{}, {}]".format(*cells)
 
 
 def _difference(row: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -247,15 +250,27 @@ def _leaderboard(judged: Sequence[Mapping[str, Any]]) -> list[str]:
     """Ours above the published rows, which another judge scored."""
     from selfcritique.judge import LEADERBOARD, SUBJECTS
 
-    lines = [*header(["MathUserEval", "scored by", "micro", "macro", "≥ 7, %", *SUBJECTS])]
+    parts = ("micro", "macro", "≥ 7, %", "published parser", *SUBJECTS)
+    lines = [*header(["MathUserEval", "scored by", *parts])]
+    rows: list[tuple[str, str, list[float | None]]] = []
     for row in judged:
         d = row["details"]
-        means = [d["by_subject"].get(s, {}).get("value") for s in SUBJECTS]
-        hard = d["hard"]["value"]
-        cells = [d["micro"]["value"], d["macro"], None if hard is None else 100 * hard, *means]
-        lines.append(line([row["model"], row["metric"], *("–" if x is None else f"{x:.2f}" for x in cells)]))
-    for name, (overall, *means) in LEADERBOARD.items():
-        macro = sum(means) / len(means)
-        shown = [f"{overall:.2f}", f"{macro:.2f}", "–", *(f"{x:.2f}" for x in means)]
-        lines.append(line([f"{name} (published)", "GPT-4-1106-Preview", *shown]))
+        hard = None if d["hard"]["value"] is None else 100 * d["hard"]["value"]
+        means = [d["by_subject"].get(subject, {}).get("value") for subject in SUBJECTS]
+        published = d["published_parser"]["mean"] if row["metric"] == "judge" else None
+        rows.append((row["model"], row["metric"], [d["micro"]["value"], d["macro"], hard, published, *means]))
+    for name, (overall, *scores) in LEADERBOARD.items():
+        macro = sum(scores) / len(scores)
+        rows.append((f"{name} (published)", "GPT-4-1106-Preview", [overall, macro, None, overall, *scores]))
+    for model, judge, values in rows:
+        lines.append(line([model, judge, *("–" if x is None else f"{x:.2f}" for x in values)]))
+    for row in judged:
+        if agreement := row["details"].get("agreement"):
+            kappa, rho = (
+                "–" if agreement[k] is None else f"{agreement[k]:.2f}" for k in ("kappa", "spearman")
+            )
+            lines += [
+                "",
+                f"Judge and critic on {row['model']}: κ {kappa}, Spearman {rho}, n {agreement['n']}.",
+            ]
     return lines

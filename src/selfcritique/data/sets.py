@@ -115,7 +115,6 @@ SETS = {
     EvalSet.mmlu: _Set(_mmlu, "cais/mmlu:all:test"),
     EvalSet.text: _Set(_text, "Salesforce/wikitext:wikitext-2-raw-v1:test"),
 }
-MATHEMATICS = (EvalSet.gsm8k, EvalSet.math500, EvalSet.cmath, EvalSet.gsm_hard, EvalSet.mathusereval)
 JUDGED = (EvalSet.mathusereval, EvalSet.mt_bench, EvalSet.mt_bench_zh)
 
 
