@@ -115,18 +115,21 @@ def reached(start: Definition) -> list[Definition]:
     return sorted(found)
 
 
-def code_hash(stage: str) -> str:
-    parts = [f"{m}.{n} {ast.dump(_module(m)[0][n])}" for m, n in reached(("stages", stage))]
+def code_hash(stage: Definition) -> str:
+    parts = [f"{m}.{n} {ast.dump(_module(m)[0][n])}" for m, n in reached(stage)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def current() -> dict[str, dict[str, int | str]]:
-    from selfcritique import pipeline
+    from selfcritique import pipeline, suite
 
-    stages = sorted(
-        (v for v in vars(pipeline).values() if isinstance(v, pipeline.Stage)), key=lambda s: s.name
-    )
-    return {stage.name: {"version": stage.version, "code": code_hash(stage.name)} for stage in stages}
+    values = [v for module in (pipeline, suite) for v in vars(module).values()]
+    stages = {v.name: v for v in values if isinstance(v, pipeline.Stage)}
+    modules = {name: s.run.__module__.removeprefix("selfcritique.") for name, s in stages.items()}
+    return {
+        name: {"version": stages[name].version, "code": code_hash((modules[name], name))}
+        for name in sorted(stages)
+    }
 
 
 def test_versions_follow_the_code() -> None:
@@ -140,7 +143,7 @@ def test_versions_follow_the_code() -> None:
     ]
     assert not unbumped, (
         f"The code behind {', '.join(unbumped)} changed. If what it computes may differ for any input, raise "
-        "the version in src/selfcritique/pipeline.py, so that no store serves what the old code made. Then, "
+        "the version in pipeline.py or suite.py, so that no store serves what the old code made. Then, "
         "or if it cannot differ, run: python tests/test_versions.py"
     )
     assert now == recorded, "Versions or stages changed: run python tests/test_versions.py to record them."
@@ -162,6 +165,11 @@ def test_what_a_stage_reaches(stage: str, definitions: set[Definition]) -> None:
     found = set(reached(("stages", stage)))
     assert definitions <= found, definitions - found
     assert not {module for module, _ in found} & APART
+
+
+def test_what_judging_reaches() -> None:
+    found = set(reached(("set_stages", "judge")))
+    assert {("judge", "parse_rating"), ("prompts", "MATHUSEREVAL"), ("engine.hf", "HfEngine")} <= found
 
 
 def test_neighbours_do_not_count() -> None:

@@ -22,6 +22,7 @@ HELP = """selfcritique: the Self-Critique pipeline for mathematical reasoning
   selfcritique store ls|gc|pin KEY|unpin KEY [--store DIR] [--all] the artifacts and their disk
   selfcritique compare 'runs=[outputs/demo/*]' [metric=maj@4]   seeds and experiments side by side
   selfcritique critic-card critic=RUN [set=FOLDER]   a critic by itself: how good, how slow, how easily fooled
+  selfcritique evaluate 'model=[FOLDER,...]' 'sets=[gsm8k,mmlu,...]'  checkpoints on evaluation sets
   selfcritique experiment=demo --cfg job     the composed settings
 
 Results: outputs/EXPERIMENT/TIME/ (summary.json, metrics.jsonl, lineage.json). Settings: conf/, documented
@@ -45,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _compare(words[1:])
         elif words[0] == "critic-card":
             _critic_card(words[1:])
+        elif words[0] == "evaluate":
+            _evaluate(words[1:])
         else:
             _hydra(words)
     except UserError as error:
@@ -192,6 +195,34 @@ def _critic_card(words: list[str]) -> None:
         card(words)
     except OmegaConfBaseException as error:
         raise UserError(f"critic-card: {_explain(error)}") from None
+
+
+# ---- checkpoints on evaluation sets ---------------------------------------------------------------------
+
+
+def _evaluate(words: list[str]) -> None:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from selfcritique.config import SuiteConfig
+
+    try:
+        given = OmegaConf.from_dotlist(words)
+        for name in ("model", "sets"):  # one needs no brackets
+            if isinstance(given.get(name), str):
+                given[name] = [given[name]]
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SuiteConfig), given))
+    except OmegaConfBaseException as error:
+        raise UserError(f"evaluate: {_explain(error)}") from None
+    assert isinstance(config, SuiteConfig)
+    from selfcritique import suite
+    from selfcritique.artifacts import full_disk_is_user_error
+
+    with full_disk_is_user_error(Path(config.out)):
+        summary, values = suite.evaluate(config)
+        folder = suite.write(summary, values, Path(config.out))
+    print(suite.markdown(summary))
+    print(f"evaluate.json and values.parquet: {folder}")
 
 
 # ---- the store -----------------------------------------------------------------------------------------

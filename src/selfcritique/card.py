@@ -34,7 +34,7 @@ from selfcritique.pipeline import (
     PROBE,
     SCORE,
     Stage,
-    checkpoint,
+    checkpoint_of,
     run_stage,
 )
 from selfcritique.probes import success_rates
@@ -123,7 +123,7 @@ def critic_card(config: CardConfig, ready: Mapping[str, Artifact]) -> tuple[dict
         return run_stage(store, stage, settings, inputs, Progress(name))
 
     asked = stages.Asked(config.prompts, config.references, config.ask.max_tokens)
-    critic = ready.get("critic") or run("critic", CHECKPOINT, checkpoint(config.critic), {})
+    critic = ready.get("critic") or run("critic", CHECKPOINT, checkpoint_of(config.critic), {})
     if config.set:
         settings = stages.Labelled(asked, config.limit, config.set)
         chosen = run("set", LABELLED, settings, {"critic": critic})

@@ -82,18 +82,18 @@ def markdown(models: Sequence[Model], metric: str = "accuracy") -> str:
     """Both tables; intervals are 95 %, differences in points (hundredths)."""
     seeds = sorted({seed for model in models for seed in model.rows})
     head = [*(f"seed {s}" for s in seeds), "mean"]
-    lines = [*_header([f"{metric}, %", *head])]
+    lines = [*header([f"{metric}, %", *head])]
     for model in models:
         values = {s: measure(rows, metric) for s, rows in model.rows.items()}
         mean = sum(v["value"] for v in values.values()) / len(values)
         cells = [_interval(values[s], 1) if s in values else "" for s in seeds]
-        lines.append(_line([model.name, *cells, f"{100 * mean:.1f}"]))
-    lines += ["", *_header(["difference, points", *head[:-1], "over seeds", "relative", "p (Holm)"])]
+        lines.append(line([model.name, *cells, f"{100 * mean:.1f}"]))
+    lines += ["", *header(["difference, points", *head[:-1], "over seeds", "relative", "p (Holm)"])]
     for row in differences(models, metric):
         cells = [_interval(row["each"][s], 1, "+", "delta") if s in row["each"] else "" for s in seeds]
         relative = "" if row["relative"] is None else f"{100 * row['relative']:+.1f} %"
         over = _interval(row, 1, "+", "delta")
-        lines.append(_line([f"{row['a']} − {row['b']}", *cells, over, relative, f"{row['p_adjusted']:.2g}"]))
+        lines.append(line([f"{row['a']} − {row['b']}", *cells, over, relative, f"{row['p_adjusted']:.2g}"]))
     return "\n".join(lines)
 
 
@@ -102,9 +102,9 @@ def _interval(row: Mapping[str, Any], digits: int, sign: str = "", value: str = 
     return "{} [{}, {}]".format(*shown)
 
 
-def _header(cells: Sequence[str]) -> tuple[str, str]:
-    return _line(cells), _line(["---"] * len(cells))
+def header(cells: Sequence[str]) -> tuple[str, str]:
+    return line(cells), line(["---"] * len(cells))
 
 
-def _line(cells: Sequence[str]) -> str:
+def line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"

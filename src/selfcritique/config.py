@@ -527,6 +527,74 @@ class EvalConfig:
         )
 
 
+class EvalSet(StrEnum):
+    """What `selfcritique evaluate` knows; `data/sets.py` says where each is found."""
+
+    gsm8k = "gsm8k"  # final answers, checked
+    math500 = "math500"
+    cmath = "cmath"
+    gsm_hard = "gsm_hard"
+    mathusereval = "mathusereval"  # free answers, scored by a judge
+    mt_bench = "mt_bench"
+    mt_bench_zh = "mt_bench_zh"
+    mmlu = "mmlu"  # choices by log-likelihood, the subjects of mathematics left out
+    text = "text"  # perplexity, and KL to the base
+
+
+@dataclass
+class JudgeConfig:
+    """Who scores free answers. Judge and critic may both be given; both are then reported."""
+
+    model: str = ""  # checkpoint folder of a judge, asked by the protocol of the set
+    critic: str = ""  # checkpoint folder of a critic, asked as the pipeline asks it; mathusereval only
+    prompt_file: str = _content("")  # mathusereval: a prompt with {question}, {reference} and {answer}
+    max_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        missing = bool(self.prompt_file) and not Path(self.prompt_file).expanduser().is_file()
+        check(
+            self,
+            prompt_file=missing and "a file",
+            max_tokens=self.max_tokens < 1 and "at least 1",
+        )
+
+
+@dataclass
+class SuiteConfig:
+    """`selfcritique evaluate`: checkpoints on evaluation sets, the first checkpoint being the base."""
+
+    model: list[str] = field(default_factory=list)  # checkpoint folders
+    sets: list[EvalSet] = field(default_factory=list)
+    paths: dict[str, str] = field(default_factory=dict)  # set -> file, or owner/name[:config[:split]] (hub)
+    limit: int = 0  # questions per set, spread evenly over it; 0: all
+    supplement: bool = False  # mathusereval: all 567, with the 22 questions that its table leaves out
+    max_tokens: int = 512  # of an answer; answers are greedy
+    window: int = 256  # tokens of a piece of text, the unit of its intervals
+    prompts: PromptStyle = PromptStyle.instruct
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    seed: int = 0
+    store: str = "store"
+    out: str = "outputs/evaluate"  # a folder per call is made in it
+
+    def __post_init__(self) -> None:
+        judged = {EvalSet.mathusereval, EvalSet.mt_bench, EvalSet.mt_bench_zh} & set(self.sets)
+        only_critic = judged - {EvalSet.mathusereval} or not self.judge.critic
+        check(
+            self,
+            model=not self.model and "one or more checkpoint folders: model=FOLDER or model=[BASE,OTHER]",
+            sets=not self.sets and f"some of {', '.join(EvalSet)}",
+            paths=bool(self.paths.keys() - set(EvalSet)) and "by the names of sets",
+            judge=bool(judged)
+            and not self.judge.model
+            and only_critic
+            and f"set for {', '.join(sorted(judged))}: judge.model=FOLDER",
+            limit=self.limit < 0 and "at least 0",
+            max_tokens=self.max_tokens < 1 and "at least 1",
+            window=self.window < 2 and "at least 2",
+        )
+
+
 @dataclass
 class RoundsConfig:
     n: int = 1
@@ -664,12 +732,16 @@ def key_part(config: Any) -> Any:
 
 
 def content_digest(path: str) -> str:
-    """16 hex digits of a file, or of a folder's files and their names; '' for no path or nothing there."""
+    """16 hex digits of a file, or of a folder's files and their names; '' for no path or nothing there.
+
+    An artifact's manifest, which says when it was made, is no part of what the artifact holds.
+    """
     place = Path(path).expanduser()
     if not path or not place.exists():
         return ""
     digest = hashlib.sha256()
-    for file in sorted(f for f in place.iterdir() if f.is_file()) if place.is_dir() else [place]:
+    held = place.iterdir() if place.is_dir() else [place]
+    for file in sorted(f for f in held if f.is_file() and f.name != "manifest.json"):
         with file.open("rb") as data:
             name = file.name if place.is_dir() else ""
             digest.update(f"{name}:{hashlib.file_digest(data, 'sha256').hexdigest()}\n".encode())

@@ -11,7 +11,7 @@ A model's table holds one row per answer to a test problem:
 
 Metrics are named `accuracy`, `pass@k`, `maj@k` and `best@k` (k a number). `problem_values` turns each into
 one value per problem between 0 and 1; every interval and test is over those values. Results are plain dicts
-for `summary.json`: what is not defined is None, never NaN.
+for `summary.json`: what is not defined or not bounded is None, never NaN.
 """
 
 import math
@@ -28,6 +28,7 @@ from selfcritique.errors import UserError
 
 POSITIVE = 6.0  # a mean score from here on says "right", whatever the rejection threshold
 THRESHOLDS = tuple(range(2, 11))  # of the card's rejection curve
+HARD = 7.0  # MathUserEval's hard average is the share of scores from here on
 CLEAN = 9.0  # band 9-10: right throughout; 6-8: right result, flawed steps
 
 Result = dict[str, Any]  # what JSON can hold
@@ -37,7 +38,7 @@ _UNDECIDED = pl.col("verdict").is_in([Verdict.unsupported.value, Verdict.timeout
 
 
 def _number(x: float) -> float | None:
-    return None if math.isnan(x) else float(x)
+    return float(x) if math.isfinite(x) else None
 
 
 def _interval(found: stats.Interval) -> Result:
@@ -141,6 +142,14 @@ def measure(rows: pl.DataFrame, metric: str) -> Result:
     return _interval(stats.mean_interval(problem_values(rows, metric)["value"].to_numpy()))
 
 
+def summarise_values(values: pl.DataFrame) -> Result:
+    """Mean of a table (problem_id, source, value) with its interval, whole and by source; null: failed."""
+    known = values.drop_nulls("value")
+    by = {name: _interval(stats.mean_interval(part["value"])) for name, part in _groups(known, "source")}
+    whole = _interval(stats.mean_interval(known["value"]))
+    return {**whole, "failed": values.height - known.height, "by": by}
+
+
 def by_group(rows: pl.DataFrame, column: str) -> dict[str, Result]:
     """`accuracy` for each value of `source`, `family`, `register` or `difficulty`."""
     return {name: accuracy(part) for name, part in _groups(rows, column)}
@@ -191,7 +200,13 @@ def compare_models(
     delta, low, high, p: paired bootstrap of 10,000 resamples. relative: delta over b's value.
     sd: of one paired difference, for the minimum detectable effect.
     """
-    left, right = _paired(a_rows, b_rows, metric)
+    return compare_values(*_paired(a_rows, b_rows, metric), metric, seed, a, b)
+
+
+def compare_values(
+    left: pl.DataFrame, right: pl.DataFrame, metric: str, seed: int, a: str = "a", b: str = "b"
+) -> Result:
+    """`compare_models` of two tables (problem_id, source, value) with the same problems in order."""
     x, y = left["value"].to_numpy(), right["value"].to_numpy()
     found = stats.paired_bootstrap(x, y, seed, strata=left["source"].to_numpy())
     binary = bool(np.isin(x, (0, 1)).all() and np.isin(y, (0, 1)).all())
@@ -449,4 +464,36 @@ def score_agreement(first: pl.Series, second: pl.Series) -> Result:
         "spearman": _number(stats.spearman(x, y)),
         "kappa": _number(stats.cohen_kappa(x >= POSITIVE, y >= POSITIVE)),
         "mean_absolute_difference": float(np.abs(x - y).mean()) if both.height else None,
+    }
+
+
+def judge_summary(rows: pl.DataFrame) -> Result:
+    """Free answers scored by a judge, one row each.
+
+    Columns: score (null: failed), parse, published (what the published parser reads, -1: nothing), and the
+    groups family, subject and source. micro: mean over questions; macro: mean of the subjects' means; hard:
+    share of scores from 7 on. A failed verdict counts in `failed` alone; the published parser's mean
+    counts its -1.
+    """
+    scored = rows.filter(pl.col("score").is_not_null())
+    by = {
+        f"by_{column}": {
+            name: _interval(stats.mean_interval(part["score"])) for name, part in _groups(scored, column)
+        }
+        for column in ("family", "subject", "source")
+    }
+    subjects = [subject["value"] for subject in by["by_subject"].values()]
+    read = pl.col("published") >= 0
+    return {
+        "micro": _interval(stats.mean_interval(scored["score"])),
+        "macro": sum(subjects) / len(subjects) if subjects else None,
+        "hard": _interval(stats.wilson(int((scored["score"] >= HARD).sum()), scored.height)),
+        "failed": rows.height - scored.height,
+        "parses": dict(rows.group_by("parse").len().sort("parse").iter_rows()),
+        "published_parser": {
+            "mean": rows["published"].mean(),
+            "unread": rows.filter(~read).height,
+            "differs": scored.filter(read & (pl.col("published") != pl.col("score"))).height,
+        },
+        **by,
     }

@@ -156,7 +156,7 @@ def build(run: RunConfig) -> Graph:
         raise UserError(f"annotator.path: there is no file {run.annotator.path}; give another one.")
     taught = stages.CriticData(run.critic.data, run.annotator, run.critic.ask.reference, style, 0)
     examples = g.add("critic_data", CRITIC_DATA, taught, problems=problems, responses=pool)
-    start = g.add("critic_start", CHECKPOINT, checkpoint(run.critic.model)) if run.critic.model else base
+    start = g.add("critic_start", CHECKPOINT, checkpoint_of(run.critic.model)) if run.critic.model else base
     critic = g.add(
         "critic", SFT, stages.Sft(run.critic.train, run.trainer, 0), model=start, examples=examples
     )
@@ -204,7 +204,7 @@ def build(run: RunConfig) -> Graph:
 def _base(g: Graph, problems: Node, solutions: Node | None) -> Node:
     run = g.run
     if run.model.path:
-        start = g.add("checkpoint", CHECKPOINT, checkpoint(run.model.path))
+        start = g.add("checkpoint", CHECKPOINT, checkpoint_of(run.model.path))
         if run.model.sft is None or solutions is None:
             return start
         return g.add("base", SFT, stages.Sft(run.model.sft, run.trainer, 0), model=start, examples=solutions)
@@ -214,7 +214,7 @@ def _base(g: Graph, problems: Node, solutions: Node | None) -> Node:
     return g.add("base", TINY_BASE, config, examples=solutions)
 
 
-def checkpoint(path: str) -> stages.Checkpoint:
+def checkpoint_of(path: str) -> stages.Checkpoint:
     """A checkpoint folder as the config of its stage."""
     folder = Path(path).expanduser()
     if not (folder / "config.json").is_file():

@@ -243,13 +243,13 @@ def matched_data(config: MatchedData, inputs: Inputs, out: Path, progress: Progr
 
 
 def _token_counts(model: Path, rows: Sequence[Mapping[str, str]]) -> list[int]:
-    encoder = _encoder(model)
+    encoder = load_encoder(model)
     prompts = encoder.prompt_ids_many([_prompt(row["prompt"]) for row in rows])
     responses = encoder.response_ids_many([row["response"] for row in rows])
     return [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
 
 
-def _encoder(model: Path) -> Any:
+def load_encoder(model: Path) -> Any:
     from transformers import AutoTokenizer
 
     from selfcritique.prompts import PromptEncoder
@@ -331,7 +331,7 @@ def _fit_sft(
     from selfcritique.train.batch import TokenExample
     from selfcritique.train.fit import fit_sft
 
-    encoder = _encoder(model)
+    encoder = load_encoder(model)
     prompts = encoder.prompt_ids_many([_prompt(text) for text in rows["prompt"]])
     responses = encoder.response_ids_many(rows["response"].to_list())
     examples = [TokenExample(p, r) for p, r in zip(prompts, responses, strict=True)]
@@ -341,7 +341,7 @@ def _fit_sft(
 def _token_pairs(style: PromptStyle, inputs: Inputs) -> list[Any]:
     from selfcritique.train.batch import TokenPair
 
-    encoder = _encoder(inputs["model"].path)
+    encoder = load_encoder(inputs["model"].path)
     by_id = {p.id: p for p in load_problems(inputs["problems"])}
     texts = pl.read_parquet(inputs["responses"].path / "responses.parquet").select("response_id", "text")
     text_of = dict(texts.iter_rows())
@@ -392,21 +392,25 @@ def dpo(config: Dpo, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
 
 
 @contextmanager
-def _engine(config: EngineConfig, model: Path) -> Iterator[Any]:
+def open_engine(config: EngineConfig, model: Path) -> Iterator[Any]:
     from selfcritique.engine.hf import HfEngine
 
     with HfEngine(model, config.max_batch_tokens, config.dtype, config.device) as engine:
         yield engine
 
 
-def _journaled(
+def journaled(
     batches: Callable[[Mapping[str, Any]], Iterator[tuple[str, list[Any]]]],
     total: int,
     out: Path,
     progress: Progress,
+    part: str = "journal",
 ) -> list[Any]:
-    """The `total` rows of `batches(done)`, each batch journaled as it comes; a rerun asks for the rest."""
-    journal = Journal(_journal(out))
+    """The `total` rows of `batches(done)`, each batch journaled as it comes; a rerun asks for the rest.
+
+    A stage that asks several times names each `part`.
+    """
+    journal = Journal(_journal(out, part))
     done: dict[str, list[Any]] = journal.load()
     n_rows = sum(map(len, done.values()))
     progress(n_rows, total)
@@ -418,12 +422,17 @@ def _journaled(
     return [row for rows in done.values() for row in rows]
 
 
-def _journal(out: Path) -> Path:
-    return out / "scratch" / "journal.jsonl"
+def _journal(out: Path, part: str = "journal") -> Path:
+    return out / "scratch" / f"{part}.jsonl"
 
 
-def _complete(
-    engine: Any, prompts: Sequence[Prompt], params: Any, out: Path, progress: Progress
+def complete(
+    engine: Any,
+    prompts: Sequence[Prompt],
+    params: Any,
+    out: Path,
+    progress: Progress,
+    part: str = "journal",
 ) -> list[tuple[int, int, str, int, bool]]:
     """(prompt index, sample, text, tokens, truncated) of every completion, in that order."""
 
@@ -434,7 +443,7 @@ def _complete(
                 [[c.prompt_index, c.sample, c.text, c.n_tokens, c.truncated] for c in batch.completions],
             )
 
-    return sorted(map(tuple, _journaled(batches, len(prompts) * params.n, out, progress)))
+    return sorted(map(tuple, journaled(batches, len(prompts) * params.n, out, progress, part)))
 
 
 @dataclass
@@ -457,8 +466,8 @@ def sample(config: Sample, inputs: Inputs, out: Path, progress: Progress) -> Met
     asked = load_problems(inputs["problems"], config.split, config.limit)
     s = config.sampling
     params = SamplingParams(s.n, s.temperature, s.max_tokens, config.seed, s.top_p, s.top_k)
-    with _engine(config.engine, inputs["model"].path) as engine:
-        rows = _complete(
+    with open_engine(config.engine, inputs["model"].path) as engine:
+        rows = complete(
             engine, [solve_prompt(config.style, p.question) for p in asked], params, out, progress
         )
     responses = [Response(asked[i].id, k, text, n, cut) for i, k, text, n, cut in rows]
@@ -516,7 +525,7 @@ def score(config: Score, inputs: Inputs, out: Path, progress: Progress) -> Metri
         critique_prompt(config.style, by_id[p], text, ask.reference, score_only=ask.mode is CriticMode.logit)
         for p, text in responses.select("problem_id", "text").iter_rows()
     ]
-    with _engine(config.engine, inputs["critic"].path) as engine:
+    with open_engine(config.engine, inputs["critic"].path) as engine:
         read = _by_logits if ask.mode is CriticMode.logit else _by_text
         resumed, start = _journal(out).exists(), time.perf_counter()
         rows = read(config, engine, prompts, out, progress)
@@ -563,7 +572,7 @@ def _by_text(
     from selfcritique.engine.base import SamplingParams
 
     params = SamplingParams(config.ask.samples, config.ask.temperature, config.ask.max_tokens, config.seed)
-    rows = _complete(engine, prompts, params, out, progress)
+    rows = complete(engine, prompts, params, out, progress)
     read = ((i, k, text, parse_score(text, cut)) for i, k, text, _, cut in rows)
     return [(i, k, text, value, parse.value, None) for i, k, text, (value, parse) in read]
 
@@ -577,7 +586,7 @@ def _by_logits(
         for batch in engine.continuation_logprobs(prompts, SCORES, SCORE_PREFIX, done):
             yield batch.batch_id, [[s.prompt_index, list(s.logps), s.missing_mass] for s in batch.scores]
 
-    rows = sorted(_journaled(batches, len(prompts), out, progress))
+    rows = sorted(journaled(batches, len(prompts), out, progress))
     return [(i, 0, "", expected_score(logps), Parse.ok.value, m) for i, logps, m in rows]
 
 
@@ -638,7 +647,7 @@ class Asked:
 
     def lengths(self, critic: Path, responses: Sequence[tuple[Problem, str]]) -> list[int | None]:
         """Tokens of each response; None where prompt and critique exceed the context."""
-        encoder = _encoder(critic)
+        encoder = load_encoder(critic)
         config = json.loads((critic / "config.json").read_text())
         room = config.get("max_position_embeddings", sys.maxsize) - self.max_tokens - len(SCORE_PREFIX)
         longest = [0] * len(responses)

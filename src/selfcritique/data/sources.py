@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from selfcritique.answers import extract
 from selfcritique.config import Source, SourceConfig
@@ -91,6 +92,11 @@ def _hub(config: SourceConfig) -> tuple[Iterator[Problem], Iterator[Problem]]:
 
 def read_jsonl(path: Path, source: Source) -> Iterator[Problem]:
     """Problems of one file: `question`, `reference` (GSM8K: `answer` is the solution), optional others."""
+    return (problem_of(row, source, where) for where, row in json_rows(path))
+
+
+def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """(file:line, value) of every line that is not empty."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -102,7 +108,7 @@ def read_jsonl(path: Path, source: Source) -> Iterator[Problem]:
                 raise UserError(
                     f"{path}:{number}: not valid JSON ({cause}); mend or delete the line."
                 ) from None
-            yield problem_of(row, source, f"{path}:{number}")
+            yield f"{path}:{number}", row
 
 
 def problem_of(row: object, source: Source, where: str) -> Problem:
