@@ -81,8 +81,7 @@ def _head_logps(head: Any, hidden: Tensor, labels: Tensor) -> Tensor:
 class _LabelLogps(torch.autograd.Function):
     """Log softmax of logits (tokens, vocabulary) at the labels (tokens,).
 
-    One buffer holds the logits, their log softmax and their gradient in turn: nothing else of its size exists,
-    and a second backward pass through it is an error.
+    The logits become their log softmax in place; the gradient is the only other thing of their size.
     """
 
     @staticmethod
@@ -96,6 +95,7 @@ class _LabelLogps(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         """d log p(y) / d z_j = 1[j = y] - p_j"""
         logps, labels = ctx.saved_tensors
-        for rows, g in zip(logps.split(_ROWS), gradients[0].split(_ROWS), strict=True):
-            rows.exp_().mul_(-g[:, None])
-        return logps.scatter_add_(-1, labels[:, None], gradients[0][:, None]), None
+        gradient, of_labels = torch.empty_like(logps), gradients[0][:, None]
+        for out, rows, g in zip(*(x.split(_ROWS) for x in (gradient, logps, of_labels)), strict=True):
+            torch.exp(rows, out=out).mul_(-g)
+        return gradient.scatter_add_(-1, labels[:, None], of_labels), None
