@@ -1,7 +1,7 @@
 """Ratios against peers, measured side by side: `make bench` runs all, `make bench NAME=...` one of them.
 
-Each benchmark is a file here with `measure(...) -> Measured` and its arguments. A result is appended to results.json and the table
-in README.md is rendered from the newest result of each name.
+Each benchmark is a file here with `measure(...) -> Measured` and its arguments. A result is appended to
+results.json and the table in README.md is rendered from the newest result of each name.
 """
 
 import importlib
@@ -71,8 +71,8 @@ def render(results: list[dict[str, object]]) -> str:
     """The table of the newest result of each name."""
     lines = ["| name | ratio | range | baseline | commit | load | date |", "|" + " --- |" * 7]
     for name, r in sorted({str(r["name"]): r for r in results}.items()):
-        ratio = f"{r['ratio']:.2f} {r['unit']}"
-        spread = f"{r['low']:.2f} to {r['high']:.2f}"
+        ratio = f"{r['ratio']:.3g} {r['unit']}"
+        spread = f"{r['low']:.3g} to {r['high']:.3g}"
         cells = (f"`{name}`", ratio, spread, r["baseline"], f"`{str(r['commit'])[:7]}`", r["load"], r["date"])
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
@@ -90,7 +90,7 @@ def main(names: list[str]) -> None:
         measured = importlib.import_module(module).measure(*arguments)
         about = {"commit": code_version(), "load": load, "date": f"{datetime.now(UTC):%Y-%m-%d}"}
         results.append({"name": name, **asdict(measured), **about})
-        print(f"{name}: {measured.ratio:.2f} [{measured.low:.2f}, {measured.high:.2f}] {measured.unit}")
+        print(f"{name}: {measured.ratio:.3g} [{measured.low:.3g}, {measured.high:.3g}] {measured.unit}")
         file.write_text(json.dumps(results, indent=1) + "\n")
         head = page.read_text().partition("| name |")[0]
         page.write_text(head + render(results) + "\n")

@@ -117,7 +117,13 @@ def fit_ours(
 
 
 def trl_trainer(
-    task: str, options: Mapping[str, Any], model_dir: Path, pairs: list[Any], batch: int, epochs: int, out: Path
+    task: str,
+    options: Mapping[str, Any],
+    model_dir: Path,
+    pairs: list[Any],
+    batch: int,
+    epochs: int,
+    out: Path,
 ) -> Any:
     """TRL's trainer with our optimiser's settings. In DPO's texts, word n is token n."""
     from datasets import Dataset
@@ -182,7 +188,8 @@ def trl_trainer(
         }
         for p in pairs
     ]
-    config = DPOConfig(loss_type=["sigmoid", "sft"], loss_weights=[LAM, 1.0], beta=BETA, **options)
+    loss = {"loss_type": ["sigmoid", "sft"], "loss_weights": [LAM, 1.0], "beta": BETA}
+    config = DPOConfig(**(loss | options))
     return DPOTrainer(
         model,
         None if config.precompute_ref_log_probs else load_model(model_dir),
@@ -241,7 +248,9 @@ class Job:
 
     side: str  # ours | default | best | parity
     task: str
-    size: str
+    pairs: int
+    batch: int
+    rounds: int
     model: str
     vocabulary: int
     out: str
@@ -258,8 +267,8 @@ class Turns:
     """Holds training after each epoch until the parent asks for another one, and answers with its figures."""
 
     def __init__(self, job: Job, channel: Any) -> None:
-        self.job, self.channel, size = job, channel, SIZES[job.size]
-        self.per_turn, self.done = -(-size.pairs // size.batch), 0
+        self.job, self.channel = job, channel
+        self.per_turn, self.done = -(-job.pairs // job.batch), 0
         weights = Path(job.model, "model.safetensors").stat().st_size
         self.loaded = resident("VmRSS") + weights  # the model is loaded next
         self.counter: Any = None
@@ -310,22 +319,22 @@ class Turns:
 
 
 PROFILED = 2
-KINDS = {
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
-    "attention": ("aten::_scaled_dot",),
-    "log softmax": ("aten::_log_softmax", "aten::exp", "aten::scatter_add", "aten::gather"),
-    "optimiser": ("aten::_fused_adamw", "Optimizer", "aten::linalg_vector_norm", "aten::_foreach"),
-    "elementwise": ("aten::mul", "aten::add", "aten::sub", "aten::neg", "aten::pow", "aten::rsqrt", "aten::mean",
-                    "aten::sum", "aten::silu", "aten::sigmoid", "aten::div"),
-    "moving memory": ("aten::copy", "aten::cat", "aten::fill", "aten::index", "aten::embedding", "aten::clone"),
-}  # fmt: skip
+KINDS = {  # of operations: how their names in a profile start, after "aten::"
+    "matrix products": ("mm", "addmm", "bmm"),
+    "attention": ("_scaled_dot",),
+    "log softmax": ("_log_softmax", "exp", "scatter_add", "gather"),
+    "optimiser": ("_fused_adamw", "linalg_vector_norm", "_foreach"),
+    "elementwise": ("mul", "add", "sub", "neg", "pow", "rsqrt", "mean", "sum", "silu", "div"),
+    "moving memory": ("copy", "cat", "fill", "index", "embedding", "clone"),
+}
 
 
 def shares(events: Any) -> dict[str, float]:
     """Of a profile's CPU time: the share of each kind of operation, in percent."""
     spent = dict.fromkeys([*KINDS, "other"], 0.0)
     for event in events:
-        kinds = [kind for kind, names in KINDS.items() if event.key.startswith(names)]
+        name = event.key.removeprefix("aten::")
+        kinds = [kind for kind, starts in KINDS.items() if name.startswith(starts)]
         spent[kinds[0] if kinds else "other"] += event.self_cpu_time_total
     whole = sum(spent.values())
     return {kind: round(100 * time / whole, 1) for kind, time in spent.items()}
@@ -349,21 +358,21 @@ def work(job: Job) -> None:
     """The child's side: train, and stop when the parent closes its end."""
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
-    model, out, size = Path(job.model), Path(job.out), SIZES[job.size]
-    pairs = make_pairs(size.pairs, job.vocabulary)
+    model, out = Path(job.model), Path(job.out)
+    pairs = make_pairs(job.pairs, job.vocabulary)
     if job.side == "parity":
         shortest = sorted(pairs, key=lambda pair: pair.length)[:2]
         for options in TRL[job.task].values():
             check_parity(job.task, options, model, shortest, out)
         print(json.dumps({}), file=channel, flush=True)
         return
-    epochs = size.rounds + 1
+    epochs = job.rounds + 1
     if job.side == "ours":
         import selfcritique.train.fit  # noqa: F401  # resident before the model is
 
         turns = Turns(job, channel)
         turns.wait()
-        fit_ours(job.task, model, pairs, size.batch, epochs, out, turns.step)
+        fit_ours(job.task, model, pairs, job.batch, epochs, out, turns.step)
         return
     from transformers import TrainerCallback
 
@@ -375,7 +384,7 @@ def work(job: Job) -> None:
     import trl.trainer.sft_trainer  # noqa: F401
 
     turns = Turns(job, channel)
-    trainer = trl_trainer(job.task, TRL[job.task][job.side], model, pairs, size.batch, epochs, out)
+    trainer = trl_trainer(job.task, TRL[job.task][job.side], model, pairs, job.batch, epochs, out)
     trainer.add_callback(AfterStep())
     turns.wait()
     trainer.train()
@@ -428,7 +437,18 @@ def measure(what: str, task: str, setting: str, size: str) -> Measured:
         vocabulary = make_model(size, model)
 
         def worker(side: str, count: bool = False) -> Worker:
-            return Worker(Job(side, task, size, str(model), vocabulary, str(Path(folder, side)), count))
+            out = str(Path(folder, side))
+            return Worker(
+                Job(
+                    side,
+                    task,
+                    **asdict(SIZES[size]),
+                    model=str(model),
+                    vocabulary=vocabulary,
+                    out=out,
+                    count=count,
+                )
+            )
 
         about = describe(task, setting, size, vocabulary)
         if what == "peak":
