@@ -75,7 +75,8 @@ def token_logps(model: Any, batch: TokenBatch) -> Tensor:
 
 def _head_logps(head: Any, hidden: Tensor, labels: Tensor) -> Tensor:
     logits = head(hidden)
-    return _LabelLogps.apply(logits if logits.dtype == torch.float64 else logits.float(), labels)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return _LabelLogps.apply(logits, labels)  # type: ignore[no-untyped-call]
 
 
 class _LabelLogps(torch.autograd.Function):
