@@ -1,7 +1,7 @@
 """Ratios against peers, measured side by side: `make bench` runs all, `make bench NAME=...` one of them.
 
-Each benchmark is a file here with `measure() -> Measured`. A result is appended to results.json and the table
-in README.md is rendered from the newest result of each name.
+Each benchmark is a file here with `measure(...) -> Measured` and its arguments. A result is appended to
+results.json and the table in README.md is rendered from the newest result of each name.
 """
 
 import importlib
@@ -10,19 +10,31 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from selfcritique.artifacts import code_version
 from selfcritique.errors import UserError
 
 HERE = Path(__file__).resolve().parent
 ROUNDS = 7
-BENCHMARKS = {  # name -> its file
-    "checker_vs_math_verify_int": "checker_int",
-    "critic_logit_vs_generate": "critic_modes",
+BENCHMARKS: dict[str, tuple[str, ...]] = {  # name -> its file, and what its `measure` is given
+    "checker_vs_math_verify_int": ("checker_int",),
+    "critic_logit_vs_generate": ("critic_modes",),
+    "matmul_peak_fraction": ("training", "peak", "dpo", "ours", "smollm2"),
+} | {
+    f"{name}_{size}": ("training", *arguments, size)
+    for size in ("smollm2", "tiny")
+    for name, arguments in {
+        "dpo_step_vs_trl_default": ("step", "dpo", "default"),
+        "dpo_step_vs_trl_best": ("step", "dpo", "best"),
+        "dpo_memory_vs_trl": ("memory", "dpo", "default"),
+        "sft_step_vs_trl": ("step", "sft", "best"),
+        "sft_memory_vs_trl": ("memory", "sft", "best"),
+    }.items()
 }
 
 
@@ -35,12 +47,15 @@ class Measured:
     high: float
     unit: str
     baseline: str
+    about: dict[str, Any] = field(default_factory=dict)  # data, lengths, batch, settings
 
 
-def speed_ratio(ours: Callable[[], object], baseline: Callable[[], object], name: str) -> Measured:
+def speed_ratio(
+    ours: Callable[[], object], baseline: Callable[[], object], name: str, rounds: int = ROUNDS
+) -> Measured:
     """Baseline's time over ours, A B A B after one warm-up of each."""
     ratios = []
-    for _ in range(ROUNDS + 1):
+    for _ in range(rounds + 1):
         seconds = [_seconds(run) for run in (ours, baseline)]
         ratios.append(seconds[1] / seconds[0])
     ratios = ratios[1:]
@@ -57,8 +72,8 @@ def render(results: list[dict[str, object]]) -> str:
     """The table of the newest result of each name."""
     lines = ["| name | ratio | range | baseline | commit | load | date |", "|" + " --- |" * 7]
     for name, r in sorted({str(r["name"]): r for r in results}.items()):
-        ratio = f"{r['ratio']:.1f} {r['unit']}"
-        spread = f"{r['low']:.1f} to {r['high']:.1f}"
+        ratio = f"{r['ratio']:.3g} {r['unit']}"
+        spread = f"{r['low']:.3g} to {r['high']:.3g}"
         cells = (f"`{name}`", ratio, spread, r["baseline"], f"`{str(r['commit'])[:7]}`", r["load"], r["date"])
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
@@ -72,10 +87,11 @@ def main(names: list[str]) -> None:
     results = json.loads(file.read_text()) if file.exists() else []
     for name in names or BENCHMARKS:
         load = round(os.getloadavg()[0], 1)
-        measured = importlib.import_module(BENCHMARKS[name]).measure()
+        module, *arguments = BENCHMARKS[name]
+        measured = importlib.import_module(module).measure(*arguments)
         about = {"commit": code_version(), "load": load, "date": f"{datetime.now(UTC):%Y-%m-%d}"}
         results.append({"name": name, **asdict(measured), **about})
-        print(f"{name}: {measured.ratio:.1f} [{measured.low:.1f}, {measured.high:.1f}] {measured.unit}")
+        print(f"{name}: {measured.ratio:.3g} [{measured.low:.3g}, {measured.high:.3g}] {measured.unit}")
         file.write_text(json.dumps(results, indent=1) + "\n")
         head = page.read_text().partition("| name |")[0]
         page.write_text(head + render(results) + "\n")

@@ -66,6 +66,24 @@ def test_chunked_head_equals_the_whole(gpt2_dir: Path, monkeypatch: pytest.Monke
         torch.testing.assert_close(chunked_gradients[name], gradient, rtol=0, atol=1e-12, msg=name)
 
 
+def test_label_logps_equal_those_of_log_softmax() -> None:
+    """Values and gradients in float64, of more rows than are taken at once, in each of two passes."""
+    generator = torch.Generator().manual_seed(0)
+    rows = model_module._ROWS + 3
+    hidden = torch.randn(rows, 5, generator=generator).double().requires_grad_()
+    head = torch.nn.Linear(5, 11, dtype=torch.float64)
+    labels = torch.arange(rows) % 11
+    weights = torch.linspace(-1, 2, rows)
+    expected = torch.log_softmax(head(hidden), -1)[torch.arange(rows), labels]
+    wanted = torch.autograd.grad((expected * weights).sum(), [hidden, *head.parameters()])
+    logps = model_module._head_logps(head, hidden, labels)
+    torch.testing.assert_close(logps, expected, rtol=0, atol=1e-14)
+    total = (logps * weights).sum()
+    for last in (False, True):
+        found = torch.autograd.grad(total, [hidden, *head.parameters()], retain_graph=not last)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-13)
+
+
 def test_no_response_token_gives_zero_gradients(llama_dir: Path) -> None:
     model = load_model(llama_dir)
     logps = token_logps(model, collate([([1, 7], []), ([1], [])], 0))

@@ -13,7 +13,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from selfcritique.errors import UserError
 from selfcritique.train.batch import TokenBatch
 
-CHUNK_LOGITS = 2**24  # floats of logits held at once: 64 MB
+CHUNK_LOGITS = 2**26  # floats of logits held at once: 256 MB
+_ROWS = 32  # of logits that stay in a cache between two passes over them
 
 
 def load_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -85,4 +86,27 @@ def head_chunks(head: Tensor, tokens: int) -> int:
 def _head_logps(head: Any, hidden: Tensor, labels: Tensor) -> Tensor:
     logits = head(hidden)
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    return logits.gather(-1, labels[:, None])[:, 0] - logits.logsumexp(-1)
+    return _LabelLogps.apply(logits, labels)  # type: ignore[no-untyped-call]
+
+
+class _LabelLogps(torch.autograd.Function):
+    """Log softmax of logits (tokens, vocabulary) at the labels (tokens,).
+
+    The logits become their log softmax in place; the gradient is the only other thing of their size.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        for rows in logits.split(_ROWS):
+            rows.copy_(rows.log_softmax(-1))
+        ctx.save_for_backward(logits, labels)
+        return logits.gather(-1, labels[:, None])[:, 0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """d log p(y) / d z_j = 1[j = y] - p_j"""
+        logps, labels = ctx.saved_tensors
+        gradient, of_labels = torch.empty_like(logps), gradients[0][:, None]
+        for out, rows, g in zip(*(x.split(_ROWS) for x in (gradient, logps, of_labels)), strict=True):
+            torch.exp(rows, out=out).mul_(-g)
+        return gradient.scatter_add_(-1, labels[:, None], of_labels), None
