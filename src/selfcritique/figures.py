@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib
 import matplotlib.patches
 import numpy as np
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
@@ -46,16 +47,17 @@ def _canvas(figure: Figure) -> Canvas:
 
 
 def _style(ink: str) -> Any:
-    inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    return matplotlib.rc_context({
-        **dict.fromkeys(inked, ink), **dict.fromkeys(("axes.facecolor", "savefig.facecolor"), "none"),
-        "axes.prop_cycle": matplotlib.cycler(color=COLOURS), "axes.spines.top": False,
+    rc: dict[Any, Any] = {
+        "text.color": ink, "axes.labelcolor": ink, "axes.edgecolor": ink, "xtick.color": ink,
+        "ytick.color": ink, "axes.facecolor": "none", "savefig.facecolor": "none",
+        "axes.prop_cycle": cycler(color=COLOURS), "axes.spines.top": False,
         "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": "#8888884d",
         "axes.titlesize": 11, "axes.titlelocation": "left", "lines.linewidth": 1.6, "font.size": 11,
         "legend.frameon": False, "legend.fontsize": 10, "legend.columnspacing": 1,
         "legend.handletextpad": 0.3, "svg.fonttype": "none", "svg.hashsalt": "selfcritique",
         "font.sans-serif": ["DejaVu Sans"],
-    })  # fmt: skip
+    }  # fmt: skip
+    return matplotlib.rc_context(rc)
 
 
 def svg(figure: Figure) -> str:

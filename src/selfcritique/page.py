@@ -1,14 +1,9 @@
-"""The report: sections of tables and figures on one HTML page that needs nothing else, or as files.
-
-A section is a function of a run that returns None where the run has no data for it; another one is one more
-function in SECTIONS (or SWEEP, over several runs). The page and the export take whatever they return.
-"""
+"""A report as one HTML page that needs nothing else, or as files for a paper."""
 
 import base64
 import csv
 import gzip
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +14,8 @@ from typing import Any
 
 import polars as pl
 
-from selfcritique.compare import adjust, compare_seeds
-from selfcritique.evaluate import measure, threshold_curve
-from selfcritique.figures import Figure, bars, curves, dots, graph, heat_map, save, svg
-from selfcritique.progress import duration
-from selfcritique.results import GROUPS, Run, samples, with_texts
+from selfcritique.figures import Figure, save, svg
+from selfcritique.results import Run, samples, with_texts
 from selfcritique.select import draw
 from selfcritique.stats import Interval
 
@@ -33,11 +25,12 @@ LONG = 12  # rows; a longer table is folded
 CHUNK = 500  # samples that are unpacked together
 STRATA = ("stage", "verdict", "decision")
 INDEX = (*STRATA, "family")  # what the page filters by without the texts
-STEPS = ({"loss"}, {"dpo_loss", "sft_loss"}, {"rewards_margin"}, {"rewards_accuracy"},
-         {"chosen_logps_drift", "rejected_logps_drift"})  # fmt: skip
+# What LaTeX reads otherwise.
+TEX = str.maketrans(
+    {**{c: f"\\{c}" for c in "%_&#$"}, "λ": r"$\lambda$", "β": r"$\beta$", "−": "$-$", "–": "--"}
+)
 
 Cell = str | int | float | Interval | None
-Json = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -53,253 +46,21 @@ class Table:
 @dataclass(frozen=True)
 class Section:
     title: str
-    parts: Sequence[Table | Figure | str]
+    parts: Sequence["Part"]
+
+    def _repr_html_(self) -> str:
+        """As a notebook shows it."""
+        return _section(self)
 
 
-def percent(found: Json | None, value: str = "value") -> Interval | None:
-    """A share with its interval, as percent."""
-    if not found or found.get(value) is None:
-        return None
-    low, high = (found["low"], found["high"]) if "low" in found else found[f"{value}_interval"]
-    return Interval(100 * found[value], 100 * low, 100 * high, found["n"])
-
-
-# ---- sections ------------------------------------------------------------------------------------------
-
-
-def results(run: Run) -> Section | None:
-    models = run.summary["models"]
-    if not models:
-        return None
-    metrics = ["accuracy", *(name for name in next(iter(models.values())) if "@" in name)]
-    found = {
-        (name, metric): percent(model.get(metric)) for name, model in models.items() for metric in metrics
-    }
-    parts: list[Table | Figure | str] = [
-        Table("models", "Test set, percent with 95 % intervals.", ["model", *metrics],
-              [[name, *(found[name, metric] for metric in metrics)] for name in models]),
-        Figure("models", "Test set, 95 % intervals.", dots("percent", [
-            (name, metric, cell.value, cell.low, cell.high) for (name, metric), cell in found.items() if cell
-        ])),
-    ]  # fmt: skip
-    rows = [
-        [f"{row['a']} − {row['b']}", row["metric"], percent(row, "delta"),
-         None if row["relative"] is None else 100 * row["relative"], row["p_adjusted"], 100 * row["mde"]]
-        for row in run.summary["comparisons"]
-    ]  # fmt: skip
-    columns = ["comparison", "metric", "points", "relative, %", "p (Holm)", "detectable from, points"]
-    if rows:
-        parts.append(Table("comparisons", "Paired on the same problems; one Holm family.", columns, rows))
-    return Section("Results", parts)
-
-
-def diagnosis(run: Run) -> Section:
-    lines = ["{signature}: {evidence} → {setting}: {advice}".format(**f) for f in run.summary["diagnosis"]]
-    return Section("Diagnosis", lines or ["No failure signature was recognised."])
-
-
-def groups(run: Run) -> Section | None:
-    parts: list[Table | Figure | str] = []
-    models = run.summary["models"]
-    for group in GROUPS:
-        by = {name: model[f"by_{group}"] for name, model in models.items()}
-        values = sorted({value for found in by.values() for value in found}, key=lambda v: (len(v), v))
-        if len(values) > 1:
-            rows = [[value, *(percent(found.get(value)) for found in by.values())] for value in values]
-            marks = [(row[0], name, cell.value, cell.low, cell.high)
-                     for row in rows for name, cell in zip(by, row[1:], strict=True) if cell]  # fmt: skip
-            size = (5.0, 1.2 + 0.16 * len(values) * len(by))
-            caption = f"Accuracy by {group}, percent."
-            parts += [Table(f"by_{group}", caption, [group, *by], rows),
-                      Figure(f"by_{group}", caption, dots("percent", marks), size)]  # fmt: skip
-    return Section("Accuracy by group", parts) if parts else None
-
-
-def training(run: Run) -> Section | None:
-    parts = []
-    for (stage,), rows in run.metrics.group_by("stage", maintain_order=True) if run.metrics.height else ():
-        for names in STEPS:
-            lines = {name: (rows["step"].to_list(), rows[name].to_list())
-                     for name in sorted(names & set(rows.columns)) if rows[name].count()}  # fmt: skip
-            if lines:
-                title = " and ".join(name.replace("_", " ") for name in lines)
-                draw_lines = curves("step", title if len(lines) == 1 else "nats", lines)
-                parts.append(Figure(f"{stage}_{'_'.join(lines)}", f"{stage}: {title}.", draw_lines))
-    return Section("Training", parts) if parts else None
-
-
-def critic(run: Run) -> Section | None:
-    cards = {name: artifact.metrics for name, artifact in run.stages("card").items()}
-    figures = ("auroc", "f1", "ece", "parse_failure_rate", "n", "n_correct", "undecided")
-    rows: list[list[Cell]] = []
-    parts: list[Table | Figure | str] = []
-    for name, card in cards.items():
-        keys = ("balanced_accuracy", "balanced_accuracy_low", "balanced_accuracy_high")
-        balanced = dict(zip(("value", "low", "high"), map(card.get, keys), strict=True), n=card["n"])
-        rows.append([name, percent(balanced), *(card[figure] for figure in figures)])
-        counts = card["histogram"]
-        cells = {"the critic": ([b["confidence"] for b in card["reliability"]],
-                                [b["accuracy"] for b in card["reliability"]])}  # fmt: skip
-        parts += [
-            Figure(f"{name}_scores", f"{name}: scores of right and wrong answers.",
-                   bars("score", "responses", [str(s) for s in range(1, 11)], counts)),
-            Figure(f"{name}_calibration", f"{name}: calibration; the diagonal is perfect.",
-                   curves("(score − 1) / 9", "share right", cells | {"perfect": ([0, 1], [0, 1])})),
-        ]  # fmt: skip
-    columns = ["card", "balanced accuracy, %", *(figure.replace("_", " ") for figure in figures)]
-    caption = "Against the checker, on questions the critic never saw."
-    return Section("Critic", [Table("critic", caption, columns, rows), *parts]) if rows else None
-
-
-def thresholds(run: Run) -> Section | None:
-    parts: list[Table | Figure | str] = []
-    for scored, decided in run.decisions.items():
-        rows = pl.read_parquet(run.path(scored, "scored.parquet"))
-        curve = threshold_curve(rows, [1 + step / 2 for step in range(19)])
-        config = run.artifacts[decided].manifest["config"]
-        chosen = config.get("select", config.get("build"))["threshold"]
-        xs, columns = [row["threshold"] for row in curve], list(curve[0])
-        lines = {name: (xs, [row[name] for row in curve]) for name in ("precision", "recall", "yield")}
-        pool, name = run.inputs(scored)["responses"], f"threshold_{decided}"
-        caption = f"{pool}: what each threshold accepts (dashed: this run's, {chosen:g})."
-        parts += [Figure(name, caption, curves("threshold", "share", lines, chosen)),
-                  Table(name, caption, columns, [list(row.values()) for row in curve])]  # fmt: skip
-    return Section("Thresholds", parts) if parts else None
-
-
-def selection(run: Run) -> Section | None:
-    right = (pl.col("verdict") == "correct").mean() * 100
-    counts = samples(run).drop_nulls("decision").group_by("stage", "decision").agg(pl.len(), right=right)
-    rows = counts.sort("stage", "len", "decision", descending=[False, True, False]).collect().rows()
-    figures = {name: run.artifacts[name].metrics for name in run.decisions.values()}
-    cells = [[name, key, value] for name, metrics in figures.items() for key, value in metrics.items()
-             if isinstance(value, int | float)]  # fmt: skip
-    if not rows:
-        return None
-    columns = ["pool", "decision", "responses", "right, %"]
-    return Section("Selection and pairs", [
-        Table("decisions", "What became of each pool.", columns, rows),
-        Table("selection", "What selection and pairing report.", ["stage", "figure", "value"], cells),
-    ])  # fmt: skip
-
-
-def lengths(run: Run) -> Section | None:
-    if not run.stages("sample"):
-        return None
-    table = samples(run).group_by("stage").agg(
-        responses=pl.len(),
-        right=(pl.col("verdict") == "correct").mean() * 100,
-        tokens=pl.col("n_tokens").mean(),
-        low=pl.col("n_tokens").quantile(0.1),
-        high=pl.col("n_tokens").quantile(0.9),
-        truncated=pl.col("truncated").mean() * 100,
-        distinct=pl.struct("problem_id", "equations_hash").n_unique() / pl.len(),
-        score=pl.col("score").mean(),
-    )  # fmt: skip
-    found = {row["stage"]: row for row in table.collect().iter_rows(named=True)}
-    ordered = [found[name] for name in run.stages("sample")]
-    columns = ["stage", "responses", "right, %", "tokens", "10 %", "90 %", "truncated, %",
-               "equation lists per response", "mean score"]  # fmt: skip
-    size = (5.0, 1.0 + 0.22 * len(ordered))
-    tokens = [(r["stage"], "", r["tokens"], r["low"], r["high"]) for r in ordered]
-    distinct = [(r["stage"], "", r["distinct"], None, None) for r in ordered]
-    return Section("Length and diversity", [
-        Figure("lengths", "Tokens per response: mean, 10 to 90 %.", dots("tokens", tokens), size),
-        Figure("diversity", "Distinct equation lists per response.", dots("share", distinct), size),
-        Table("lengths", "Every stage that sampled.", columns, [list(row.values()) for row in ordered]),
-    ])  # fmt: skip
-
-
-def stages(run: Run) -> Section:
-    reused = {name for name, cached in run.summary["cached"].items() if cached}
-    rows = [[name, made.stage, made.key, made.wall_s, "yes" if name in reused else ""]
-            for name, made in run.artifacts.items()]  # fmt: skip
-    chart, size = graph({name: set(run.inputs(name).values()) for name in run.artifacts}, reused)
-    columns = ["name", "stage", "key", "seconds", "reused"]
-    return Section("Stages", [
-        Figure("lineage", "What was made from what (grey: reused from the store).", chart, size),
-        Table("stages", "Seconds are of the making, whenever it was.", columns, rows),
-    ])  # fmt: skip
-
-
-SECTIONS = (results, diagnosis, groups, training, critic, thresholds, selection, lengths, stages)
-
-
-def accuracies(runs: Sequence[Run]) -> Section:
-    models = list(dict.fromkeys(name for run in runs for name in run.summary["models"]))
-    rows: list[list[Cell]] = []
-    for run in runs:
-        found = (run.summary["models"].get(name, {}).get("accuracy") for name in models)
-        rows.append([str(run.out), run.summary["seed"], *_loss(run), *map(percent, found)])
-    return Section("Runs", [Table("runs", "Accuracy, percent.", ["run", "seed", "λ", "β", *models], rows)])
-
-
-def _loss(run: Run) -> tuple[float, float]:
-    loss = run.config["dpo"]["loss"]
-    return loss["lam"], loss["beta"]
-
-
-def lambda_beta(runs: Sequence[Run]) -> Section | None:
-    """Final DPO accuracy per cell; a cell is marked if it is not told from the best (paired, Holm)."""
-    cells: dict[tuple[float, float], dict[int, pl.DataFrame]] = {}
-    for run in runs:
-        final = [name for name in run.stages("evaluate") if re.fullmatch(r"eval_dpo(_\d+)?", name)]
-        if final:
-            rows = pl.read_parquet(run.path(final[-1], "eval.parquet"))
-            cells.setdefault(_loss(run), {})[run.summary["seed"]] = rows
-    if len(cells) < 2:
-        return None
-    values = {cell: 100 * sum(measure(rows, "accuracy")["value"] for rows in seeds.values()) / len(seeds)
-              for cell, seeds in cells.items()}  # fmt: skip
-    best = max(values, key=values.__getitem__)
-    found = {}
-    for cell, seeds in cells.items():
-        shared = sorted(seeds.keys() & cells[best].keys())
-        if cell != best and shared:
-            sides = ([cells[c][seed] for seed in shared] for c in (cell, best))
-            found[cell] = compare_seeds(*sides, "accuracy")
-    against = dict(zip(found, adjust(list(found.values())), strict=True))
-    marked = {best} | {cell for cell, row in against.items() if row["p_adjusted"] >= 0.05}
-    rows: list[list[Cell]] = []
-    for cell, value in sorted(values.items()):
-        row = against.get(cell, {})
-        same = "yes" if cell in marked else ""
-        rows.append([*cell, len(cells[cell]), value, percent(row, "delta"), row.get("p_adjusted"), same])
-    columns = ["λ", "β", "seeds", "accuracy, %", "− best, points", "p (Holm)", "as good as the best"]
-    caption = "Accuracy after DPO, percent. Framed: the best cell and those not told from it (5 %, Holm)."
-    chart = Figure("lambda_beta", caption, heat_map("λ", "β", values, marked))
-    return Section("λ × β", [chart, Table("lambda_beta", caption, columns, rows)])
-
-
-SWEEP = (lambda_beta, accuracies)
+Part = Table | Figure | str  # a string is a paragraph
 
 
 # ---- the page ------------------------------------------------------------------------------------------
 
 
-def write_report(runs: Sequence[Run], export: Path | None = None) -> Path:
-    """report.html in the run's folder, or in the one that several share; `export` gets files for a paper."""
-    run = runs[0]
-    many = len(runs) > 1
-    found = [section(runs) for section in SWEEP] if many else [section(run) for section in SECTIONS]
-    sections = [section for section in found if section]
-    folder = Path(os.path.commonpath([r.out.absolute() for r in runs])) if many else run.out
-    facts = [f"{len(runs)} runs"] if many else _facts(run.summary)
-    data = "" if many else _samples(run)
-    (folder / "report.html").write_text(_page(run.summary["experiment"], facts, sections, data))
-    if export:
-        write_files(sections, export)
-    return folder / "report.html"
-
-
-def _facts(summary: Json) -> list[str]:
-    varies = f" (from {summary['seed_from']} on)" if summary["seed_from"] else ""
-    reused = f"{sum(summary['cached'].values())} of {len(summary['cached'])} stages reused"
-    took = f"{duration(summary['wall_s']['total'])} in all"
-    return [f"seed {summary['seed']}{varies}", f"commit {summary['commit'][:12]}", took, reused]
-
-
-def _page(title: str, facts: Sequence[str], sections: Sequence[Section], data: str) -> str:
+def page(title: str, facts: Sequence[str], sections: Sequence[Section], data: str) -> str:
+    """The HTML; data: scripts of `packed_samples`, or nothing."""
     names = [section.title for section in sections]
     parts = {
         "title": escape(title),
@@ -376,7 +137,7 @@ def pick(rows: pl.DataFrame, most: int) -> pl.DataFrame:
     return drawn.sort("at", "drawn").head(most).sort("stage", "problem_id", "response_id").drop("at", "drawn")
 
 
-def _samples(run: Run) -> str:
+def packed_samples(run: Run) -> str:
     """The page's samples: an index, and their texts in chunks."""
     if not run.stages("sample"):
         return ""
@@ -402,7 +163,7 @@ def _samples(run: Run) -> str:
     return "\n".join(scripts)
 
 
-def _coded(column: pl.Series) -> Json:
+def _coded(column: pl.Series) -> Mapping[str, Any]:
     names = sorted(column.drop_nulls().unique())
     code = {name: i for i, name in enumerate(names)}
     return {"names": names, "codes": [code.get(value, -1) for value in column]}
@@ -448,7 +209,7 @@ def _plain(table: Table) -> Iterator[list[Any]]:
 
 def _latex(table: Table) -> str:
     def line(cells: Sequence[str]) -> str:
-        return " & ".join(re.sub(r"([%_&#$])", r"\\\1", cell) for cell in cells) + r" \\"
+        return " & ".join(cell.translate(TEX) for cell in cells) + r" \\"
 
     ends = "".join(
         "l" if all(isinstance(row[i], str) for row in table.rows) else "r" for i in range(len(table.columns))

@@ -14,6 +14,7 @@ from typing import Any
 import polars as pl
 
 from selfcritique.artifacts import Artifact, Store
+from selfcritique.compare import folders
 from selfcritique.errors import UserError
 
 GROUPS = ("source", "family", "register", "difficulty")
@@ -31,7 +32,7 @@ class Run:
 
     @cached_property
     def _names(self) -> dict[str, str]:
-        return {artifact.key: name for name, artifact in reversed(self.artifacts.items())}
+        return {self.artifacts[name].key: name for name in reversed(list(self.artifacts))}
 
     def stages(self, stage: str) -> dict[str, Artifact]:
         """This run's artifacts of one stage of `stages.py`."""
@@ -44,6 +45,11 @@ class Run:
 
     def path(self, name: str, file: str) -> Path:
         return self.artifacts[name].path / file
+
+    def threshold(self, name: str) -> float:
+        """That a selection or pairing went by."""
+        config = self.artifacts[name].manifest["config"]
+        return config["select" if "select" in config else "build"]["threshold"]
 
     @cached_property
     def metrics(self) -> pl.DataFrame:
@@ -62,15 +68,18 @@ class Run:
         return {self.inputs(n)["scored"]: n for n in self.stages("select") | self.stages("pairs")}
 
 
-def load_run(folder: Path | str, store: Path | str = "") -> Run:
-    """A run from its output folder. store: where its artifacts are, if not where its settings say."""
+def load_run(folder: Path | str = "", store: Path | str = "") -> Run:
+    """A run from its output folder, by default the last one under outputs/. store: where its artifacts are,
+    if not where its settings say, seen from here or from a folder above the run."""
     from omegaconf import OmegaConf
 
-    out = Path(folder)
+    finished = sorted(Path("outputs").glob("*/*/summary.json"), key=lambda path: path.stat().st_mtime)
+    out = Path(folder) if folder or not finished else finished[-1].parent
     if not (out / "summary.json").is_file():
         raise UserError(f"There is no finished run (summary.json) in {out}; name a folder under outputs/.")
     config: Any = OmegaConf.to_container(OmegaConf.load(out / "config.yaml"))
-    root = Path(store or config["store"])
+    places = [folder / (store or config["store"]) for folder in (Path(), *out.resolve().parents)]
+    root = next((place for place in places if place.is_dir()), places[0])
     found = {}
     for name, entry in json.loads((out / "lineage.json").read_text()).items():
         artifact = Store(root).find(entry["stage"], entry["key"], None)
@@ -81,6 +90,11 @@ def load_run(folder: Path | str, store: Path | str = "") -> Run:
             )
         found[name] = artifact
     return Run(out, json.loads((out / "summary.json").read_text()), config, found)
+
+
+def load_runs(*patterns: str, store: Path | str = "") -> list[Run]:
+    """The finished runs whose folders match, by name: the newest of an experiment is last."""
+    return [load_run(folder, store) for folder in folders(patterns)]
 
 
 def problems(run: Run) -> pl.LazyFrame:
@@ -150,3 +164,16 @@ def _partners(run: Run, name: str, ids: pl.LazyFrame) -> pl.DataFrame:
         for mine, other in (("chosen", "rejected"), ("rejected", "chosen"))
     ]
     return pl.concat(sides).join(ids, on="response_id", how="semi").collect()
+
+
+def sample_table(run: Run, most: int = 200) -> pl.DataFrame | None:
+    """Responses of the RFT pool with critique, score, verdict and whether they were selected."""
+    if "select" not in run.artifacts:
+        return None
+    rows = samples(run).filter(pl.col("stage") == "pool_rft").sort("response_id").head(most).collect()
+    return pl.DataFrame([
+        {"question": row["question"], "response": row["response"], "critique": row["critiques"][0]["text"],
+         "score": row["score"], "verdict": row["verdict"], "selected": row["decision"] == "selected",
+         "reason": row["decision"], "problem_id": row["problem_id"], "response_id": row["response_id"]}
+        for row in with_texts(run, rows)
+    ], infer_schema_length=None)  # fmt: skip

@@ -149,9 +149,7 @@ function step(by) {
 }
 
 function keys(event) {
-  const typing = event.target.matches("input, select");
-  if (event.key === "Escape" && typing) event.target.blur();
-  if (typing || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.target.matches("input, select") || event.ctrlKey || event.metaKey || event.altKey) return;
   const action = { "/": () => form.q.focus(), j: () => step(1), k: () => step(-1) }[event.key];
   if (!action) return;
   event.preventDefault();
