@@ -13,7 +13,7 @@ NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.i
 SHOWN = {
     "01_critic_quality": ("balanced accuracy, %", "'stage': 'gate_responses'"),
     "02_rejection_filter": ("what each threshold accepts", "below_threshold", "Tokens per response"),
-    "03_lambda_beta": ("as good as the best", "dpo: rewards margin"),
+    "03_lambda_beta": ("not told from the best", "dpo: rewards margin"),
     "04_error_browser": ("'verdict': 'incorrect'", "family"),
 }
 

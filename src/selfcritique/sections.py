@@ -131,14 +131,14 @@ def thresholds(run: Run) -> Section | None:
 
 
 def selection(run: Run) -> Section | None:
+    if not run.decisions:
+        return None
     right = (pl.col("verdict") == "correct").mean() * 100
     counts = samples(run).drop_nulls("decision").group_by("stage", "decision").agg(pl.len(), right=right)
     rows = counts.sort("stage", "len", "decision", descending=[False, True, False]).collect().rows()
     figures = {name: run.artifacts[name].metrics for name in run.decisions.values()}
     cells = [[name, key, value] for name, metrics in figures.items() for key, value in metrics.items()
              if isinstance(value, int | float)]  # fmt: skip
-    if not rows:
-        return None
     columns = ["pool", "decision", "responses", "right, %"]
     return Section("Selection and pairs", [
         Table("decisions", "What became of each pool.", columns, rows),
@@ -228,7 +228,7 @@ def lambda_beta(runs: Sequence[Run]) -> Section | None:
         row = against.get(cell, {})
         same = "yes" if cell in marked else ""
         rows.append([*cell, len(cells[cell]), value, percent(row, "delta"), row.get("p_adjusted"), same])
-    columns = ["λ", "β", "seeds", "accuracy, %", "− best, points", "p (Holm)", "as good as the best"]
+    columns = ["λ", "β", "seeds", "accuracy, %", "− best, points", "p (Holm)", "not told from the best"]
     caption = "Accuracy after DPO, percent. Framed: the best cell and those not told from it (5 %, Holm)."
     chart = Figure("lambda_beta", caption, heat_map("λ", "β", values, marked))
     return Section("λ × β", [chart, Table("lambda_beta", caption, columns, rows)])
