@@ -22,9 +22,9 @@ SHOWN = {
 def runs(smoke: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with both runs."""
     folder = tmp_path_factory.mktemp("points")
-    second = completed(folder, *SMOKE, f"store={smoke.store}", "dpo.loss.beta=2", "logger=none")
-    (second.out.parent / "first").symlink_to(smoke.out)
-    return second.out.parent
+    points = completed(folder, *SMOKE, f"store={smoke.store}", "dpo.loss.beta=2", "logger=none").out.parent
+    (points / "first").symlink_to(smoke.out)
+    return points
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

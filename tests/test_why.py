@@ -1,7 +1,6 @@
 """`why`: a response's way through a real run, down to the steps that trained on it."""
 
 import json
-from collections import defaultdict
 from statistics import fmean
 from typing import Any
 
@@ -9,9 +8,11 @@ import polars as pl
 import pytest
 
 from runs import Finished, run
+from selfcritique.config import PromptStyle
 from selfcritique.errors import UserError
 from selfcritique.results import Run, load_run
-from selfcritique.why import explain, training_steps
+from selfcritique.stages import token_pairs
+from selfcritique.why import explain, step_rows
 
 
 @pytest.fixture(scope="module")
@@ -25,16 +26,14 @@ def rows(smoke: Finished, stage: str, file: str) -> list[dict[str, Any]]:
 
 def test_the_steps_are_those_that_trained_on_the_pairs(smoke: Finished, finished: Run) -> None:
     """DPO wrote the mean length of the chosen responses at each step: that of the pairs said to be in it."""
-    tokens = {r["response_id"]: r["n_tokens"] for r in rows(smoke, "pool_dpo", "responses")}
-    chosen = defaultdict(list)
-    for place, pair in enumerate(rows(smoke, "pairs", "pairs")):
-        steps, total = training_steps(finished, "dpo", {place})
-        assert len(steps) == 1 and total == 2  # one epoch
-        chosen[steps[0]].append(tokens[pair["chosen_id"]])
+    inputs = {role: finished.artifacts[name] for role, name in finished.inputs("dpo").items()}
+    pairs = token_pairs(PromptStyle.terse, inputs)
+    steps = step_rows(finished, "dpo")
+    assert sorted(row for step in steps for row in step) == list(range(len(pairs)))  # one epoch
     lines = (smoke.artifact("dpo") / "metrics.jsonl").read_text().splitlines()
-    written = {row["step"]: row["chosen_length"] for row in map(json.loads, lines)}
-    assert {step: fmean(lengths) for step, lengths in chosen.items()} == pytest.approx(written)
-    assert len(set(written.values())) == 2  # the steps can be told apart
+    written = [json.loads(line)["chosen_length"] for line in lines]
+    assert [fmean(len(pairs[row].chosen_ids) for row in step) for step in steps] == pytest.approx(written)
+    assert len(set(written)) == len(steps) == 2  # they can be told apart
 
 
 def test_a_chosen_response(smoke: Finished, finished: Run) -> None:

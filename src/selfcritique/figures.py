@@ -165,7 +165,7 @@ def heat_map(
 
 
 def graph(
-    inputs: Mapping[str, set[str]], filled: set[str]
+    inputs: Mapping[str, Sequence[str]], filled: set[str]
 ) -> tuple[Callable[[Axes], None], tuple[float, float]]:
     """Nodes (in an order in which inputs come first) in layers, joined to what they were made from, and the
     chart's size. An edge that a longer way implies is left out."""
@@ -173,7 +173,7 @@ def graph(
     y: dict[str, int] = {}
     x: dict[str, float] = {}
     for node, sources in inputs.items():
-        above[node] = sources.union(*(above[source] for source in sources))
+        above[node] = set(sources).union(*(above[source] for source in sources))
         y[node] = 1 + max((y[source] for source in sources), default=-1)
     edges = [(a, b) for b in inputs for a in inputs[b] if not any(a in above[c] for c in inputs[b])]
     layers = [[node for node in inputs if y[node] == layer] for layer in range(max(y.values()) + 1)]

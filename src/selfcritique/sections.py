@@ -177,7 +177,7 @@ def stages(run: Run) -> Section:
     reused = {name for name, cached in run.summary["cached"].items() if cached}
     rows = [[name, made.stage, made.key, made.wall_s, "yes" if name in reused else ""]
             for name, made in run.artifacts.items()]  # fmt: skip
-    chart, size = graph({name: set(run.inputs(name).values()) for name in run.artifacts}, reused)
+    chart, size = graph({name: sorted(set(run.inputs(name).values())) for name in run.artifacts}, reused)
     columns = ["name", "stage", "key", "seconds", "reused"]
     return Section("Stages", [
         Figure("lineage", "What was made from what (grey: reused from the store).", chart, size),

@@ -66,12 +66,13 @@ def _uses(run: Run, response_id: str) -> Iterator[str]:
             hit = pl.col("response_id") == response_id
         places = set(rows.select(pl.arg_where(hit)).to_series())
         if places:
-            steps, total = training_steps(run, name, places)
-            yield f"{name}, steps {', '.join(map(str, steps)) or 'none (too long)'} of {total}"
+            batches = step_rows(run, name)
+            steps = [str(step) for step, batch in enumerate(batches, 1) if not places.isdisjoint(batch)]
+            yield f"{name}, steps {', '.join(steps) or 'none (too long)'} of {len(batches)}"
 
 
-def training_steps(run: Run, name: str, places: set[int]) -> tuple[list[int], int]:
-    """The optimiser steps, from 1, of a fit that saw these rows of its examples or pairs; of how many."""
+def step_rows(run: Run, name: str) -> list[list[int]]:
+    """The rows of its examples or pairs that each optimiser step of a fit trained on."""
     from selfcritique import stages
     from selfcritique.train.batch import Schedule
 
@@ -86,5 +87,4 @@ def training_steps(run: Run, name: str, places: set[int]) -> tuple[list[int], in
     kept = [i for i, length in enumerate(lengths) if length <= config["trainer"]["max_length"]]
     train = config["train"]
     schedule = Schedule([lengths[i] for i in kept], train["batch_size"], train["epochs"], config["seed"])
-    steps = [step + 1 for step in range(len(schedule)) if places & {kept[i] for i in schedule[step]}]
-    return steps, len(schedule)
+    return [[kept[i] for i in schedule[step]] for step in range(len(schedule))]

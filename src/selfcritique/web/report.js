@@ -122,8 +122,8 @@ async function show(i) {
   const siblings = index.problem.flatMap((p, j) => (p === index.problem[i] && j !== i ? [j] : []));
   const partners = s.partners.map((p) => {
     const j = index.id.findIndex((id, at) => id === p.partner && name("stage", at) === s.stage);
-    const margin = ` margin ${p.margin}`;
-    return j >= 0 ? reference(j, margin) : element("li", `${p.partner} (not in this sample), score ${p.score},${margin}`);
+    const margin = `, margin ${p.margin}`;
+    return j >= 0 ? reference(j, margin) : element("li", `${p.partner} (not in this sample), score ${p.score}${margin}`);
   });
   const facts = [`${s.verdict}: ${s.answer ?? "no answer"} for ${s.gold}`, ...about(i).slice(1),
     `${s.n_tokens} tokens${s.truncated ? ", cut off" : ""}`, ...[s.source, s.family, s.register].filter(Boolean), `difficulty ${s.difficulty}`];
