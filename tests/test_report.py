@@ -18,7 +18,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from runs import Finished, read_json
+from runs import SMOKE, Finished, completed, read_json
 from selfcritique import page
 from selfcritique.artifacts import Artifact, Store
 from selfcritique.page import pick
@@ -164,6 +164,13 @@ def test_samples_hold_what_was_decided(html: str, smoke: Finished) -> None:
         assert (sample["decision"], sample["score"]) == (row["reason"], row["score"])
         assert sample["response"] == texts[row["response_id"]]
         assert [(c["text"], c["score"]) for c in sample["critiques"]] == critiques[row["response_id"]]
+
+
+def test_a_run_that_stops_early_leaves_sections_out(smoke: Finished, tmp_path: Path) -> None:
+    stopped = completed(tmp_path, *SMOKE, f"store={smoke.store}", "until=problems", "logger=none")
+    html = (stopped.out / "report.html").read_text()
+    assert re.findall(r"<h2>(.*?)</h2>", html) == ["Diagnosis", "Stages", "Samples"]
+    assert 'id="samples" hidden' in html and samples_of(html) == []
 
 
 # ---- synthetic runs ------------------------------------------------------------------------------------

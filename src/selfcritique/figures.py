@@ -192,4 +192,4 @@ def graph(
         ax.set(xlim=(0, widest), ylim=(len(layers) - 0.5, -0.5))
         ax.axis("off")
 
-    return draw, (1.6 * widest, 0.42 * len(layers))
+    return draw, (1.6 * widest, 0.9 + 0.42 * len(layers))
