@@ -4,13 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_VERSION := 26.3
 
-.PHONY: demo test lint bench clean setup
+.PHONY: demo test lint bench clean setup chromium
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.runtime
 	$(BIN)/selfcritique experiment=demo
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev chromium
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.dev
@@ -20,6 +20,11 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/run.py $(NAME)
 
 setup: $(VENV)/.dev
+
+chromium:  # the tests open the report in it
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
+		{ apt-get update -q && apt-get install -qy chromium; } || \
+		{ echo "make test wants Chromium; install it with your package manager"; exit 1; }
 
 $(VENV)/.pip:
 	$(PYTHON) -m venv $(VENV)

@@ -22,8 +22,9 @@ import selfcritique
 from selfcritique.config import RunConfig
 from selfcritique.records import content_id
 
-HEAVY = ["hydra", "polars", "rich.console", "selfcritique.engine.hf", "selfcritique.report",
-         "selfcritique.stages", "selfcritique.train.fit", "selfcritique.train.tiny"]  # fmt: skip
+HEAVY = ["hydra", "polars", "rich.console", "matplotlib.backends.backend_svg", "selfcritique.engine.hf",
+         "selfcritique.report", "selfcritique.sections", "selfcritique.stages", "selfcritique.train.fit",
+         "selfcritique.train.tiny"]  # fmt: skip
 PATHS = (Path(selfcritique.__file__).parents[1], Path(__file__).parent)
 SMOKE = ("experiment=smoke", "threads=1")
 # A few seconds: no arms, no samples of the test questions, the scores by logits and the choices by chance.

@@ -156,7 +156,7 @@ def test_versions_follow_the_code() -> None:
         ("sample", {("engine.hf", "HfEngine"), ("prompts", "PromptEncoder"), ("prompts", "solve_prompt"),
                     ("answers", "compare_many"), ("algebra", "verdict"), ("records", "content_id")}),
         ("problems", {("data.word_problems", "_ages"), ("data.splits", "normalise"), ("answers", "extract")}),
-        ("dpo", {("train.fit", "fit_dpo"), ("train.modules", "DpoModule"), ("stages", "_token_pairs")}),
+        ("dpo", {("train.fit", "fit_dpo"), ("train.modules", "DpoModule"), ("stages", "token_pairs")}),
         ("critic_data", {("annotate", "balance"), ("annotate", "corrupt"), ("prompts", "critique_prompt")}),
         ("evaluate", {("evaluate", "accuracy"), ("stats", "wilson")}),
     ],

@@ -1,4 +1,4 @@
-"""The command line: a run (Hydra), or a look at the artifact store. Errors become one message here."""
+"""The command line: a run (Hydra), or a look at runs or the store. Errors become one message here."""
 
 import os
 import sys
@@ -23,10 +23,12 @@ HELP = """selfcritique: the Self-Critique pipeline for mathematical reasoning
   selfcritique compare 'runs=[outputs/demo/*]' [metric=maj@4]   seeds and experiments side by side
   selfcritique critic-card critic=RUN [set=FOLDER]   a critic by itself: how good, how slow, how easily fooled
   selfcritique evaluate 'model=[FOLDER,...]' 'sets=[gsm8k,mmlu,...]'  checkpoints on evaluation sets
+  selfcritique report [run=DIR|'runs=[...]'] [export=DIR]       report.html again; figures and tables as files
+  selfcritique why RESPONSE_ID [run=DIR]     what became of a response, to the steps it trained
   selfcritique experiment=demo --cfg job     the composed settings
 
-Results: outputs/EXPERIMENT/TIME/ (summary.json, metrics.jsonl, lineage.json). Settings: conf/, documented
-in src/selfcritique/config.py. Groups: {groups}.
+Results: outputs/EXPERIMENT/TIME/ (report.html, summary.json, metrics.jsonl, lineage.json).
+Settings: conf/, documented in src/selfcritique/config.py. Groups: {groups}.
 Experiments: {experiments}.
 """
 _failed: list[str] = []  # points of this process that stopped with an error
@@ -40,14 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if not words or words[0] in ("-h", "--help", "help"):
             print(_help())
-        elif words[0] == "store":
-            _store(words[1:])
-        elif words[0] == "compare":
-            _compare(words[1:])
-        elif words[0] == "critic-card":
-            _critic_card(words[1:])
-        elif words[0] == "evaluate":
-            _evaluate(words[1:])
+        elif words[0] in _COMMANDS:
+            _COMMANDS[words[0]](words[1:])
         else:
             _hydra(words)
     except UserError as error:
@@ -150,7 +146,7 @@ def _run(run: Any, out: Path) -> None:
 
         show_plan(plan(graph, store, run.until), console)
         return
-    from selfcritique import report
+    from selfcritique import report, results, sections
     from selfcritique.tracker import Tracking
 
     with full_disk_is_user_error(out):
@@ -165,24 +161,34 @@ def _run(run: Any, out: Path) -> None:
         done = execute(graph, store, run.until, finished)
         summary = report.summarise(run, graph, done, code_version(), time.monotonic() - start)
         report.write(out, summary, done)
-        tracking.finish(summary, report.sample_rows(done))
+        whole = results.load_run(out, run.store)
+        tracking.finish(summary, results.sample_table(whole))
+        sections.write_report([whole])
     report.show(summary, out, console)
 
 
 # ---- several runs ---------------------------------------------------------------------------------------
 
 
-def _compare(words: list[str]) -> None:
+def _given(words: Sequence[str], *names: str) -> dict[str, str]:
+    """NAME=VALUE words by name; refuses other names."""
     given = dict(word.partition("=")[::2] for word in words)
-    unknown = sorted(given.keys() - {"runs", "metric", "store"})
-    runs = [pattern.strip() for pattern in given.get("runs", "").strip("[]").split(",") if pattern.strip()]
-    if unknown or not runs:
-        raise UserError(
-            f"compare takes runs=[DIR,...], metric= and store=; found {' '.join(words) or 'nothing'}."
-        )
+    if unknown := [name for name in given if name not in names]:
+        raise UserError(f"Unknown: {', '.join(unknown)}; this command takes {'=, '.join(names)}=.")
+    return given
+
+
+def _runs(given: dict[str, str]) -> list[str]:
+    return [pattern.strip() for pattern in given.get("runs", "").strip("[]").split(",") if pattern.strip()]
+
+
+def _compare(words: list[str]) -> None:
+    given = _given(words, "runs", "metric", "store")
+    if not _runs(given):
+        raise UserError("compare wants the runs to compare: runs=[DIR,...].")
     from selfcritique.compare import load_models, markdown
 
-    models = load_models(runs, Path(given.get("store", "store")))
+    models = load_models(_runs(given), Path(given.get("store", "store")))
     print(markdown(models, given.get("metric", "accuracy")))
 
 
@@ -223,6 +229,27 @@ def _evaluate(words: list[str]) -> None:
         folder = suite.write(summary, values, Path(config.out))
     print(suite.markdown(summary))
     print(f"evaluate.json and values.parquet: {folder}")
+
+
+def _report(words: list[str]) -> None:
+    given = _given(words, "run", "runs", "store", "export")
+    from selfcritique.results import load_run, load_runs
+    from selfcritique.sections import write_report
+
+    store, runs = given.get("store", ""), _runs(given)
+    chosen = load_runs(*runs, store=store) if runs else [load_run(given.get("run", ""), store)]
+    print(write_report(chosen, Path(given["export"]) if "export" in given else None))
+
+
+def _why(words: list[str]) -> None:
+    ids = [word for word in words if "=" not in word]
+    given = _given([word for word in words if "=" in word], "run", "store")
+    if len(ids) != 1:
+        raise UserError("why wants one response id, or the beginning of one: why RESPONSE_ID [run=DIR].")
+    from selfcritique.results import load_run
+    from selfcritique.why import explain
+
+    print("\n".join(explain(load_run(given.get("run", ""), given.get("store", "")), ids[0])))
 
 
 # ---- the store -----------------------------------------------------------------------------------------
@@ -273,6 +300,15 @@ def _list(store: Any) -> None:
     Console().print(table)
     print(f"{len(rows)} artifacts, {sum(row['bytes'] for row in rows) / 2**20:.1f} MiB")
 
+
+_COMMANDS = {
+    "compare": _compare,
+    "critic-card": _critic_card,
+    "evaluate": _evaluate,
+    "report": _report,
+    "store": _store,
+    "why": _why,
+}
 
 if __name__ == "__main__":
     main()

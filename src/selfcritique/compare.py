@@ -32,7 +32,7 @@ def load_models(patterns: Sequence[str], store: Path) -> list[Model]:
     """The evaluated models of the run directories that the patterns match, in the order given."""
     models: dict[str, Model] = {}
     first = ""
-    for folder in _folders(patterns):
+    for folder in folders(patterns):
         summary, lineage = (json.loads((folder / f"{n}.json").read_text()) for n in ("summary", "lineage"))
         first, seed = first or summary["experiment"], summary["seed"]
         for name in summary["models"]:
@@ -57,11 +57,12 @@ def load_models(patterns: Sequence[str], store: Path) -> list[Model]:
     return list(models.values())
 
 
-def _folders(patterns: Sequence[str]) -> Iterator[Path]:
+def folders(patterns: Sequence[str]) -> Iterator[Path]:
+    """The finished runs that the patterns match."""
     for pattern in patterns:
         found = sorted(p for p in map(Path, glob(pattern)) if (p / "summary.json").is_file())
         if not found:
-            raise UserError(f"compare: no finished run (summary.json) at {pattern}.")
+            raise UserError(f"There is no finished run (summary.json) at {pattern}.")
         yield from found
 
 

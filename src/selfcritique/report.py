@@ -1,4 +1,4 @@
-"""What a run leaves behind: summary.json, metrics.jsonl, lineage.json and the table in the terminal.
+"""What a run leaves behind: summary.json, lineage.json, the table in the terminal (sections.py: report.html).
 
 Every figure of the summary comes from the stages' metrics or from the per-example Parquet files of the
 artifacts that `lineage.json` names.
@@ -19,8 +19,6 @@ from selfcritique.config import RunConfig, key_part
 from selfcritique.diagnose import diagnose
 from selfcritique.pipeline import Graph, PlanRow
 from selfcritique.progress import duration
-
-SAMPLE_ROWS = 200  # of the table of samples
 
 
 def summarise(
@@ -85,33 +83,6 @@ def _flat(card: Mapping[str, Any]) -> dict[str, Any]:
 def lineage(done: Mapping[str, Artifact]) -> dict[str, dict[str, str]]:
     """Stage of this run -> where its artifact stands in the store."""
     return {name: {"stage": a.stage, "key": a.key, "digest": a.digest} for name, a in done.items()}
-
-
-def sample_rows(done: Mapping[str, Artifact], limit: int = SAMPLE_ROWS) -> pl.DataFrame | None:
-    """Responses of the RFT pool with critique, score, verdict and whether they were selected."""
-    if "select" not in done:
-        return None
-    problems = pl.scan_parquet(done["problems"].path / "problems.parquet").select("problem_id", "question")
-    texts = pl.scan_parquet(done["pool_rft"].path / "responses.parquet").select(
-        "response_id", response="text"
-    )
-    critiques = pl.scan_parquet(done["scores_rft"].path / "critiques.parquet").filter(pl.col("sample") == 0)
-    chosen = pl.scan_parquet(done["select"].path / "selected.parquet")
-    columns = ["problem_id", "response_id", "score", "verdict", "selected", "reason"]
-    return (
-        chosen.select(columns)
-        .head(limit)
-        .join(problems, on="problem_id", how="left", maintain_order="left")
-        .join(texts, on="response_id", how="left", maintain_order="left")
-        .join(
-            critiques.select("response_id", critique="text"),
-            on="response_id",
-            how="left",
-            maintain_order="left",
-        )
-        .select("question", "response", "critique", *columns[2:], "problem_id", "response_id")
-        .collect()
-    )
 
 
 def training_rows(name: str, artifact: Artifact) -> list[dict[str, Any]]:

@@ -225,9 +225,9 @@ class MatchedData:
 def matched_data(config: MatchedData, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
     """The original SFT data, repeated in shuffled passes to as many tokens as the `like` examples have."""
     original = pl.read_parquet(inputs["original"].path / "examples.parquet").to_dicts()
-    lengths = _token_counts(inputs["model"].path, original)
+    lengths = token_counts(inputs["model"].path, original)
     wanted = sum(
-        _token_counts(
+        token_counts(
             inputs["model"].path, pl.read_parquet(inputs["like"].path / "examples.parquet").to_dicts()
         )
     )
@@ -242,7 +242,8 @@ def matched_data(config: MatchedData, inputs: Inputs, out: Path, progress: Progr
     return {"examples": len(rows), "tokens": total, "wanted_tokens": wanted}
 
 
-def _token_counts(model: Path, rows: Sequence[Mapping[str, str]]) -> list[int]:
+def token_counts(model: Path, rows: Sequence[Mapping[str, str]]) -> list[int]:
+    """Tokens of each example's prompt and response together."""
     encoder = load_encoder(model)
     prompts = encoder.prompt_ids_many([_prompt(row["prompt"]) for row in rows])
     responses = encoder.response_ids_many([row["response"] for row in rows])
@@ -338,7 +339,8 @@ def _fit_sft(
     return fit_sft(train, trainer, model, examples, out, seed, progress)
 
 
-def _token_pairs(style: PromptStyle, inputs: Inputs) -> list[Any]:
+def token_pairs(style: PromptStyle, inputs: Inputs) -> list[Any]:
+    """A `TokenPair` per row of pairs.parquet."""
     from selfcritique.train.batch import TokenPair
 
     encoder = load_encoder(inputs["model"].path)
@@ -361,7 +363,7 @@ def reference_logps(config: ReferenceLogps, inputs: Inputs, out: Path, progress:
     """Log-probabilities of every pair under the frozen reference; no part of them depends on λ, β or lr."""
     from selfcritique.train import fit
 
-    pairs = _token_pairs(config.style, inputs)
+    pairs = token_pairs(config.style, inputs)
     logps = fit.reference_logps(config.trainer, inputs["model"].path, pairs, progress)
     logps.save(out / "reference.safetensors")
     return {"pairs": len(pairs)}
@@ -380,7 +382,7 @@ def dpo(config: Dpo, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
     """Train `model`, which is also the reference, on its pairs with the merged loss."""
     from selfcritique.train import fit
 
-    pairs = _token_pairs(config.style, inputs)
+    pairs = token_pairs(config.style, inputs)
     reference = fit.ReferenceLogps.load(inputs["reference"].path / "reference.safetensors")
     model = inputs["model"].path
     return fit.fit_dpo(
