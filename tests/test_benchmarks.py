@@ -109,6 +109,54 @@ def test_ours_takes_its_turns_in_its_own_process(tmp_path: Path) -> None:
     assert exact <= first["flops"] < 1.25 * exact  # padding is computed, and counted, too
 
 
+def test_trl_takes_its_turns_in_its_own_process(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    vocabulary = training.make_model("tiny", model)
+    job = training.Job("best", "dpo", 4, 2, 1, str(model), vocabulary, str(tmp_path / "out"))
+    worker = training.Worker(job)
+    try:
+        assert worker.answer() == {}
+        for _ in range(2):
+            worker.turn()
+    finally:
+        worker.close()
+    assert [set(turn) for turn in worker.turns] == [{"seconds"}, {"seconds", "peak"}]
+    assert worker.turns[1]["peak"] > 0
+
+
+@pytest.mark.parametrize(("what", "ratio", "rounds"), [("step", 2.0, 7), ("memory", 0.25, 1)])
+def test_measure_checks_parity_and_then_takes_turns(
+    what: str, ratio: float, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ours takes half the time and a quarter of the memory; a warm-up turn comes first."""
+    said: list[str] = []
+
+    class Fake:
+        def __init__(self, job: training.Job) -> None:
+            self.side, self.turns = job.side, []
+
+        def answer(self) -> None:
+            said.append(self.side)
+
+        def turn(self) -> None:
+            said.append(f"turn of {self.side}")
+            peak = {"peak": 2**20 if self.side == "ours" else 2**22} if self.turns else {}
+            self.turns.append(peak)
+
+        def close(self) -> None:
+            said.append(f"end of {self.side}")
+
+    monkeypatch.setattr(training, "Worker", Fake)
+    monkeypatch.setattr(training, "make_model", lambda *_: 50)
+    seconds = {"ours": 1.0, "best": 2.0}
+    monkeypatch.setattr(run, "_seconds", lambda turn: turn() or seconds[turn.__self__.side])
+    found = training.measure(what, "dpo", "best", "tiny")
+    assert (found.ratio, found.about["peak_mb"], found.about["batch"]) == (ratio, [1, 4], 8)
+    both = ["turn of ours", "turn of best"]
+    before = ["parity", "end of parity", "ours", "best"]
+    assert said == [*before, *both * (1 + rounds), "end of ours", "end of best"]
+
+
 def test_a_side_that_fails_says_why(tmp_path: Path) -> None:
     job = training.Job("ours", "sft", 1, 1, 1, str(tmp_path / "none"), 50, str(tmp_path / "out"))
     worker = training.Worker(job)
