@@ -79,7 +79,10 @@ def differences(models: Sequence[Model], metric: str) -> list[dict[str, Any]]:
 
 
 def markdown(models: Sequence[Model], metric: str = "accuracy") -> str:
-    """Both tables; intervals are 95 %, differences in points (hundredths)."""
+    """Both tables; intervals are 95 %, differences in points (hundredths).
+
+    A seed's interval is over problems (that training run alone), the one over seeds over both.
+    """
     seeds = sorted({seed for model in models for seed in model.rows})
     head = [*(f"seed {s}" for s in seeds), "mean"]
     lines = [*_header([f"{metric}, %", *head])]
@@ -88,12 +91,14 @@ def markdown(models: Sequence[Model], metric: str = "accuracy") -> str:
         mean = sum(v["value"] for v in values.values()) / len(values)
         cells = [_interval(values[s], 1) if s in values else "" for s in seeds]
         lines.append(_line([model.name, *cells, f"{100 * mean:.1f}"]))
-    lines += ["", *_header(["difference, points", *head[:-1], "over seeds", "relative", "p (Holm)"])]
+    beside = ("over seeds", "relative", "p (Holm)", "detectable from", "finding")
+    lines += ["", *_header(["difference, points", *head[:-1], *beside])]
     for row in differences(models, metric):
         cells = [_interval(row["each"][s], 1, "+", "delta") if s in row["each"] else "" for s in seeds]
         relative = "" if row["relative"] is None else f"{100 * row['relative']:+.1f} %"
-        over = _interval(row, 1, "+", "delta")
-        lines.append(_line([f"{row['a']} − {row['b']}", *cells, over, relative, f"{row['p_adjusted']:.2g}"]))
+        cells += [_interval(row, 1, "+", "delta"), relative]
+        found = (f"{row['p_adjusted']:.2g}", f"{100 * row['mde']:.1f}", row["finding"])
+        lines.append(_line([f"{row['a']} − {row['b']}", *cells, *found]))
     return "\n".join(lines)
 
 
