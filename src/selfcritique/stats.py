@@ -182,7 +182,8 @@ def minimum_detectable_effect(
     """Smallest true difference that a two-sided test at level `alpha` finds with probability `power`.
 
     error, seed_share, df: as in `Comparison`. The distances of the critical value from 0 and of the power's
-    quantile from the effect, both in standard errors, add up.
+    quantile from the effect, both in standard errors, add up; with three seeds the power is 71 to 80 %,
+    because the standard error is itself uncertain.
     """
     critical = _critical_value(alpha / 2, seed_share, df)
     return (critical + _critical_value(1 - power, seed_share, df)) * error
