@@ -44,7 +44,7 @@ def test_gsm8k_marks_and_compound_left_sides_are_read() -> None:
 
 @pytest.mark.parametrize("text", ["7" * 50_000, "1," * 25_000, "1+" * 10_000, "9" * 5000 + " + 1 = 2"])
 def test_endless_numbers_are_no_equations(text: str) -> None:
-    """What a model that repeats itself writes: neither 4,300 digits, where Python stops, nor quadratic time."""
+    """A model that repeats itself: neither over 4,300 digits, where Python stops, nor quadratic time."""
     assert annotate(PROBLEM, text).score == 1
 
 

@@ -165,7 +165,9 @@ def simulate(seed_sd: float, strength: float, n: int, experiments: int = 1000) -
     share: of the variance that stems from seeds, mean of the estimates.
     """
     rng = np.random.default_rng(7)
-    hits: dict[str, float] = dict.fromkeys(("coverage", "seeds alone", "problems alone", "family", "share"), 0)
+    hits: dict[str, float] = dict.fromkeys(
+        ("coverage", "seeds alone", "problems alone", "family", "share"), 0
+    )
     for _ in range(experiments):
         differences = _experiment(rng, 1, 0.05, seed_sd, strength, n)[0]
         found, by_seed = stats.seeds_interval(differences), stats.seeds_interval(differences.mean(axis=1))
@@ -181,8 +183,8 @@ def simulate(seed_sd: float, strength: float, n: int, experiments: int = 1000) -
 
 @pytest.mark.parametrize(("seed_sd", "strength", "n"), SCENARIOS)
 def test_intervals_cover_and_families_hold(seed_sd: float, strength: float, n: int) -> None:
-    """1,000 experiments: coverage within 93 to 97 %, family-wise false positives at most 6.4 %. The simulation
-    is not too easy: what knows no seeds, or no problems, covers too little where those vary most."""
+    """1,000 experiments: coverage within 93 to 97 %, family-wise false positives at most 6.4 %. They are not
+    too easy: an interval that knows no seeds, or no problems, covers too little where those vary most."""
     found = simulate(seed_sd, strength, n)
     assert 93 <= found["coverage"] <= 97
     assert found["family"] <= 6.4

@@ -21,6 +21,8 @@ HELP = """selfcritique: the Self-Critique pipeline for mathematical reasoning
   selfcritique -m experiment=demo seed=0,1,2               sweep; the points share their stages
   selfcritique store ls|gc|pin KEY|unpin KEY [--store DIR] [--all] the artifacts and their disk
   selfcritique compare 'runs=[outputs/demo/*]' [metric=maj@4]   seeds and experiments side by side
+  selfcritique annotate export run=DIR out=sheet.csv [stage=gate_scores] [n=100]   a blind sheet to mark
+  selfcritique annotate import run=DIR sheet=[a.csv,b.csv] [stage=] [out=annotations.csv]  agreement, marks
   selfcritique experiment=demo --cfg job     the composed settings
 
 Results: outputs/EXPERIMENT/TIME/ (summary.json, metrics.jsonl, lineage.json). Settings: conf/, documented
@@ -41,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _store(words[1:])
         elif words[0] == "compare":
             _compare(words[1:])
+        elif words[0] == "annotate":
+            _annotate(words[1:])
         else:
             _hydra(words)
     except UserError as error:
@@ -163,21 +167,62 @@ def _run(run: Any, out: Path) -> None:
     report.show(summary, out, console)
 
 
-# ---- several runs ---------------------------------------------------------------------------------------
+# ---- finished runs --------------------------------------------------------------------------------------
+
+
+def _given(
+    command: str, words: list[str], required: Sequence[str], optional: Sequence[str]
+) -> dict[str, str]:
+    """The values of a command's NAME=VALUE words."""
+    given = dict(word.partition("=")[::2] for word in words)
+    if not set(required) <= given.keys() <= {*required, *optional} or not all(given.values()):
+        raise UserError(
+            f"{command} takes {', '.join(f'{name}=' for name in required)}, and if wanted "
+            f"{', '.join(f'{name}=' for name in optional)}; found {' '.join(words) or 'nothing'}."
+        )
+    return given
+
+
+def _listed(value: str) -> list[str]:
+    return [part.strip() for part in value.strip("[]").split(",") if part.strip()]
 
 
 def _compare(words: list[str]) -> None:
-    given = dict(word.partition("=")[::2] for word in words)
-    unknown = sorted(given.keys() - {"runs", "metric", "store"})
-    runs = [pattern.strip() for pattern in given.get("runs", "").strip("[]").split(",") if pattern.strip()]
-    if unknown or not runs:
-        raise UserError(
-            f"compare takes runs=[DIR,...], metric= and store=; found {' '.join(words) or 'nothing'}."
-        )
+    given = _given("compare", words, ("runs",), ("metric", "store"))
     from selfcritique.compare import load_models, markdown
 
-    models = load_models(runs, Path(given.get("store", "store")))
+    models = load_models(_listed(given["runs"]), Path(given.get("store", "store")))
     print(markdown(models, given.get("metric", "accuracy")))
+
+
+def _annotate(words: list[str]) -> None:
+    action = words[0] if words else ""
+    if action == "export":
+        given = _given("annotate export", words[1:], ("run", "out"), ("stage", "n", "seed", "store"))
+    elif action == "import":
+        given = _given("annotate import", words[1:], ("run", "sheet"), ("stage", "out", "store"))
+    else:
+        raise UserError(f"annotate wants export or import; found {action or 'nothing'}.")
+    from selfcritique import sheets
+
+    stage, store = given.get("stage", "gate_scores"), Path(given.get("store", "store"))
+    scored = sheets.load_scored(Path(given["run"]), stage, store)
+    if action == "export":
+        numbers = (given.get("n", "100"), given.get("seed", "0"))
+        if not all(number.isdecimal() for number in numbers):
+            raise UserError(
+                f"annotate export: n and seed are whole numbers; found n={numbers[0]}, seed={numbers[1]}."
+            )
+        drawn = sheets.draw(scored, *map(int, numbers))
+        sheets.write_sheet(drawn, Path(given["out"]))
+        print(f"{drawn.height} responses to mark from 1 to 10: {given['out']}")
+        return
+    paths, out = [Path(path) for path in _listed(given["sheet"])], Path(given.get("out", "annotations.csv"))
+    if out in paths:
+        raise UserError(f"out={out} is a sheet; name another file.")
+    marks = {str(path): sheets.read_sheet(path, scored) for path in paths}
+    print(sheets.markdown(sheets.agreement(marks, scored)))
+    print(f"{sheets.write_annotations(list(marks.values()), out)} marked responses of {stage}: {out}")
 
 
 # ---- the store -----------------------------------------------------------------------------------------

@@ -190,7 +190,7 @@ def _from_file(path: Path) -> Marker:
     """Human scores by response id; the analysis is theirs where they wrote one, else the rules' one."""
     if not path.is_file():
         raise UserError(f"annotator.path: there is no file {path}; give a CSV with response_id and score.")
-    with path.open(encoding="utf-8", newline="") as lines:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
         rows = list(csv.DictReader(lines))
     if not rows or not {"response_id", "score"} <= rows[0].keys():
         raise UserError(

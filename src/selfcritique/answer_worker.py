@@ -82,7 +82,7 @@ class _Worker:
             self.kill()
             raise UserError(
                 "No answer that needs algebra can be compared: the worker process ended, or was not ready "
-                f"within {START_S:.0f} s. `python -m selfcritique.answer_worker` shows why, or prints `ready`."
+                f"within {START_S:.0f} s. `python -m selfcritique.answer_worker` shows why, or says `ready`."
             )
 
     def ask(self, request: bytes, wait_s: float) -> str:

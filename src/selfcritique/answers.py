@@ -284,7 +284,7 @@ def _may_match(a: Node, b: Node, names: set[str]) -> bool:
 
 
 def canonical(answer: str) -> str:
-    """One text for equal answers, to group samples for maj@k; formulas are not simplified, nor long texts read.
+    """One text for equal answers, to group samples for maj@k; formulas and long texts stay as they are.
 
     Without the percent rule, which is not transitive (10% = 10 and 10% = 0.1): 10% stands alone.
     """

@@ -85,21 +85,25 @@ def markdown(models: Sequence[Model], metric: str = "accuracy") -> str:
     """
     seeds = sorted({seed for model in models for seed in model.rows})
     head = [*(f"seed {s}" for s in seeds), "mean"]
-    lines = [*_header([f"{metric}, %", *head])]
+    accuracies, compared = [], []
     for model in models:
         values = {s: measure(rows, metric) for s, rows in model.rows.items()}
         mean = sum(v["value"] for v in values.values()) / len(values)
         cells = [_interval(values[s], 1) if s in values else "" for s in seeds]
-        lines.append(_line([model.name, *cells, f"{100 * mean:.1f}"]))
+        accuracies.append([model.name, *cells, f"{100 * mean:.1f}"])
     beside = ("over seeds", "relative", "p (Holm)", "detectable from", "finding")
-    lines += ["", *_header(["difference, points", *head[:-1], *beside])]
     for row in differences(models, metric):
         cells = [_interval(row["each"][s], 1, "+", "delta") if s in row["each"] else "" for s in seeds]
         relative = "" if row["relative"] is None else f"{100 * row['relative']:+.1f} %"
         cells += [_interval(row, 1, "+", "delta"), relative]
         found = (f"{row['p_adjusted']:.2g}", f"{100 * row['mde']:.1f}", row["finding"])
-        lines.append(_line([f"{row['a']} − {row['b']}", *cells, *found]))
-    return "\n".join(lines)
+        compared.append([f"{row['a']} − {row['b']}", *cells, *found])
+    return "\n\n".join(
+        (
+            markdown_table([f"{metric}, %", *head], accuracies),
+            markdown_table(["difference, points", *head[:-1], *beside], compared),
+        )
+    )
 
 
 def _interval(row: Mapping[str, Any], digits: int, sign: str = "", value: str = "value") -> str:
@@ -107,9 +111,5 @@ def _interval(row: Mapping[str, Any], digits: int, sign: str = "", value: str = 
     return "{} [{}, {}]".format(*shown)
 
 
-def _header(cells: Sequence[str]) -> tuple[str, str]:
-    return _line(cells), _line(["---"] * len(cells))
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))

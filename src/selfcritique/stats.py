@@ -34,7 +34,7 @@ class Interval:
 class Comparison:
     """A difference (first minus second) with its interval and two-sided p-value against no difference.
 
-    error: its standard error, of whose square the share `seed_share` is known to `df` degrees of freedom only.
+    error: its standard error; the share `seed_share` of its square has `df` degrees of freedom only.
     """
 
     delta: float
@@ -319,7 +319,7 @@ def cohen_kappa(a: ArrayLike, b: ArrayLike) -> float:
 
 
 def quadratic_kappa(a: ArrayLike, b: ArrayLike) -> float:
-    """Cohen's (1968) kappa of two raters' scores with squared distances as weights; NaN where both are constant.
+    """Cohen's (1968) kappa of two raters' scores with squared distances as weights; NaN if both are constant.
 
     1 − observed / expected squared distance; the expected one is over all pairs of one rating by each rater.
     """
