@@ -20,7 +20,11 @@ from selfcritique.errors import UserError
 
 HERE = Path(__file__).resolve().parent
 ROUNDS = 7
-BENCHMARKS = {"checker_vs_math_verify_int": "checker_int"}  # name -> its file
+BENCHMARKS = {
+    "checker_vs_math_verify_int": "checker_int",
+    "checker_vs_math_verify_symbolic": "checker_symbolic",
+    "checker_hostile": "checker_hostile",
+}  # name -> its file
 
 
 @dataclass(frozen=True)

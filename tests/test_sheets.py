@@ -103,7 +103,7 @@ def test_a_sheet_is_blind_and_nothing_in_it_is_a_formula(run: Path) -> None:
 
 
 def test_a_draw_is_even_over_the_bands() -> None:
-    """8 low, 2 mid, 40 high and 50 top scores. 20 are drawn in turns: two of four bands, then four of three."""
+    """8 low, 2 mid, 40 high and 50 top scores. 20 are drawn in turns: 2 of 4 bands, then 4 of 3."""
     scores = [1.0] * 8 + [4.0] * 2 + [7.0] * 40 + [10.0] * 50
     table = pl.DataFrame({"response_id": list(map(str, range(100))), "score": scores, "question": "q",
                           "reference": "r", "response": list(map(str, range(100)))})  # fmt: skip
@@ -130,7 +130,7 @@ def test_marks_come_back_from_spreadsheet_programs(run: Path, encoding: str, del
 
 
 def test_agreement_by_hand(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Critic 1, 2.5, 4, 5.5, 6, 8; annotator a 1, 2, 4, 6, 6, 8. Decisions wrong wrong wrong RIGHT right right
+    """Critic 1, 2.5, 4, 5.5, 6, 8; annotator 1, 2, 4, 6, 6, 8. Decisions wrong wrong wrong RIGHT right right
     against four wrong and two right: agree 5/6, chance (3·4 + 3·2) / 36 = 1/2, κ 2/3. Quadratic: both means
     are 4.5, squares sum to 153.5 and 157, squared distances to 0.25 + 0.25.
     Annotator b says 3 where a says 1: the lower median is 1."""

@@ -218,8 +218,9 @@ def adjust(rows: Sequence[Result], alpha: float = 0.05) -> list[Result]:
     adjusted = stats.holm([row["p"] for row in rows])
     family = []
     for row, p in zip(rows, adjusted, strict=True):
-        known = (row[name] for name in ("error", "seed_share", "df"))
-        mde = stats.minimum_detectable_effect(*known, alpha=alpha / len(rows))
+        mde = stats.minimum_detectable_effect(
+            row["error"], row["seed_share"], row["df"], alpha=alpha / len(rows)
+        )
         direction = "better" if row["delta"] > 0 else "worse"
         finding = direction if p < alpha else "indistinguishable"
         whole = {**row, "p_adjusted": p, "mde": mde, "finding": finding}
