@@ -23,6 +23,8 @@ HERE = Path(__file__).resolve().parent
 ROUNDS = 7
 BENCHMARKS: dict[str, tuple[str, ...]] = {  # name -> its file, and what its `measure` is given
     "checker_vs_math_verify_int": ("checker_int",),
+    "checker_vs_math_verify_symbolic": ("checker_symbolic",),
+    "checker_hostile": ("checker_hostile",),
     "critic_logit_vs_generate": ("critic_modes",),
     "matmul_peak_fraction": ("training", "peak", "dpo", "ours", "smollm2"),
 } | {

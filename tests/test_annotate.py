@@ -42,6 +42,12 @@ def test_gsm8k_marks_and_compound_left_sides_are_read() -> None:
     assert all(e.compute() == e.value for e in found)
 
 
+@pytest.mark.parametrize("text", ["7" * 50_000, "1," * 25_000, "1+" * 10_000, "9" * 5000 + " + 1 = 2"])
+def test_endless_numbers_are_no_equations(text: str) -> None:
+    """A model that repeats itself: neither over 4,300 digits, where Python stops, nor quadratic time."""
+    assert annotate(PROBLEM, text).score == 1
+
+
 def test_injected_errors_are_located() -> None:
     """At least 98 % of 1,000 injected errors are found at their step (the last ten of a kind may repeat)."""
     rng, found = Random(0), []

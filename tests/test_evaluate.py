@@ -166,7 +166,7 @@ def test_comparison_pairs_problems_not_rows() -> None:
     assert found["p_mcnemar"] == pytest.approx(2 / 2**20)
     assert found["p"] == pytest.approx(2 / 10_001)
     assert 0.1 < found["low"] < 0.15 and 0.25 < found["high"] < 0.3
-    assert found["sd"] == pytest.approx(math.sqrt(0.2))
+    assert found["error"] == pytest.approx(math.sqrt(0.2 / 100))
     assert found == evaluate.compare_models(better, base, "accuracy", 0)
     with pytest.raises(UserError, match="100 and 99, 99 shared"):
         evaluate.compare_models(better, base.head(99), "accuracy", 0)
@@ -227,6 +227,8 @@ def test_seeds_are_crossed_only_where_problems_are_shared() -> None:
     assert apart["high"] - 0.2 == pytest.approx(4.302653 * 0.1 / math.sqrt(3), rel=1e-5)
     (adjusted,) = evaluate.adjust([crossed])
     assert adjusted["p_adjusted"] == crossed["p"] and adjusted["mde"] > 0
+    # seed means alone: t quantiles at 0.975 and 0.8 for 2 degrees of freedom
+    assert evaluate.adjust([apart])[0]["mde"] == pytest.approx((4.302653 + 1.060660) * 0.1 / math.sqrt(3))
 
 
 CARD = pl.DataFrame(
@@ -329,5 +331,7 @@ def test_score_agreement() -> None:
     )
     assert (found["n"], found["unscored"]) == (4, 1)
     assert found["kappa"] == pytest.approx((3 / 4 - 1 / 2) / (1 / 2))
+    # squared distances: 9 / 4 observed; variances 12.5 and 9.6875, means 5 and 4.25 apart by 0.75
+    assert found["kappa_quadratic"] == pytest.approx(1 - 2.25 / (12.5 + 9.6875 + 0.75**2))
     assert found["spearman"] == pytest.approx(1.0)
     assert found["mean_absolute_difference"] == pytest.approx(0.75)

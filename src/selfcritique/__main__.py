@@ -25,6 +25,8 @@ HELP = """selfcritique: the Self-Critique pipeline for mathematical reasoning
   selfcritique evaluate 'model=[FOLDER,...]' 'sets=[gsm8k,mmlu,...]'  checkpoints on evaluation sets
   selfcritique report [run=DIR|'runs=[...]'] [export=DIR]       report.html again; figures and tables as files
   selfcritique why RESPONSE_ID [run=DIR]     what became of a response, to the steps it trained
+  selfcritique annotate export run=DIR out=sheet.csv [stage=gate_scores] [n=100]   a blind sheet to mark
+  selfcritique annotate import run=DIR sheet=[a.csv,b.csv] [stage=] [out=annotations.csv]  agreement, marks
   selfcritique experiment=demo --cfg job     the composed settings
 
 Results: outputs/EXPERIMENT/TIME/ (report.html, summary.json, metrics.jsonl, lineage.json).
@@ -167,29 +169,60 @@ def _run(run: Any, out: Path) -> None:
     report.show(summary, out, console)
 
 
-# ---- several runs ---------------------------------------------------------------------------------------
+# ---- finished runs --------------------------------------------------------------------------------------
 
 
-def _given(words: Sequence[str], *names: str) -> dict[str, str]:
-    """NAME=VALUE words by name; refuses other names."""
+def _given(
+    command: str, words: list[str], required: Sequence[str], optional: Sequence[str]
+) -> dict[str, str]:
+    """The values of a command's NAME=VALUE words."""
     given = dict(word.partition("=")[::2] for word in words)
-    if unknown := [name for name in given if name not in names]:
-        raise UserError(f"Unknown: {', '.join(unknown)}; this command takes {'=, '.join(names)}=.")
+    if not set(required) <= given.keys() <= {*required, *optional} or not all(given.values()):
+        takes = [f"{name}=" for name in required] + [f"[{name}=]" for name in optional]
+        raise UserError(f"{command} takes {', '.join(takes)}; found {' '.join(words) or 'nothing'}.")
     return given
 
 
-def _runs(given: dict[str, str]) -> list[str]:
-    return [pattern.strip() for pattern in given.get("runs", "").strip("[]").split(",") if pattern.strip()]
+def _listed(value: str) -> list[str]:
+    return [part.strip() for part in value.strip("[]").split(",") if part.strip()]
 
 
 def _compare(words: list[str]) -> None:
-    given = _given(words, "runs", "metric", "store")
-    if not _runs(given):
-        raise UserError("compare wants the runs to compare: runs=[DIR,...].")
+    given = _given("compare", words, ("runs",), ("metric", "store"))
     from selfcritique.compare import load_models, markdown
 
-    models = load_models(_runs(given), Path(given.get("store", "store")))
+    models = load_models(_listed(given["runs"]), Path(given.get("store", "store")))
     print(markdown(models, given.get("metric", "accuracy")))
+
+
+def _annotate(words: list[str]) -> None:
+    action = words[0] if words else ""
+    if action == "export":
+        given = _given("annotate export", words[1:], ("run", "out"), ("stage", "n", "seed", "store"))
+    elif action == "import":
+        given = _given("annotate import", words[1:], ("run", "sheet"), ("stage", "out", "store"))
+    else:
+        raise UserError(f"annotate wants export or import; found {action or 'nothing'}.")
+    from selfcritique import sheets
+
+    stage, store = given.get("stage", "gate_scores"), Path(given.get("store", "store"))
+    scored = sheets.load_scored(Path(given["run"]), stage, store)
+    if action == "export":
+        numbers = (given.get("n", "100"), given.get("seed", "0"))
+        if not all(number.isdecimal() for number in numbers):
+            raise UserError(
+                f"annotate export: n and seed are whole numbers; found n={numbers[0]}, seed={numbers[1]}."
+            )
+        drawn = sheets.draw(scored, *map(int, numbers))
+        sheets.write_sheet(drawn, Path(given["out"]))
+        print(f"{drawn.height} responses to mark from 1 to 10: {given['out']}")
+        return
+    paths, out = [Path(path) for path in _listed(given["sheet"])], Path(given.get("out", "annotations.csv"))
+    if out in paths:
+        raise UserError(f"out={out} is a sheet; name another file.")
+    marks = {str(path): sheets.read_sheet(path, scored) for path in paths}
+    print(sheets.markdown(sheets.agreement(marks, scored)))
+    print(f"{sheets.write_annotations(list(marks.values()), out)} marked responses of {stage}: {out}")
 
 
 def _critic_card(words: list[str]) -> None:
@@ -232,18 +265,18 @@ def _evaluate(words: list[str]) -> None:
 
 
 def _report(words: list[str]) -> None:
-    given = _given(words, "run", "runs", "store", "export")
+    given = _given("report", words, (), ("run", "runs", "store", "export"))
     from selfcritique.results import load_run, load_runs
     from selfcritique.sections import write_report
 
-    store, runs = given.get("store", ""), _runs(given)
+    store, runs = given.get("store", ""), _listed(given.get("runs", ""))
     chosen = load_runs(*runs, store=store) if runs else [load_run(given.get("run", ""), store)]
     print(write_report(chosen, Path(given["export"]) if "export" in given else None))
 
 
 def _why(words: list[str]) -> None:
     ids = [word for word in words if "=" not in word]
-    given = _given([word for word in words if "=" in word], "run", "store")
+    given = _given("why RESPONSE_ID", [word for word in words if "=" in word], (), ("run", "store"))
     if len(ids) != 1:
         raise UserError("why wants one response id, or the beginning of one: why RESPONSE_ID [run=DIR].")
     from selfcritique.results import load_run
@@ -302,6 +335,7 @@ def _list(store: Any) -> None:
 
 
 _COMMANDS = {
+    "annotate": _annotate,
     "compare": _compare,
     "critic-card": _critic_card,
     "evaluate": _evaluate,

@@ -27,14 +27,15 @@ VOCABULARY = (
     "Result same\nScore: 10",
 )
 
-_NUMBER = r"\d[\d,]*(?:\.\d+)?"
+# Bounded, so that runs of digits or sums without end cost a model's text nothing more than their length.
+_NUMBER = r"(?<!\d)\d[\d,]{0,1000}(?:\.\d{1,1000})?(?!\d)"
 _OPS: Mapping[str, Callable[[Fraction, Fraction], Fraction]] = {
     "+": lambda a, b: a + b,
     "-": lambda a, b: a - b,
     "*": lambda a, b: a * b,
     "/": lambda a, b: a / b,
 }
-_EQUATION = re.compile(rf"({_NUMBER}(?:\s*[-+*/x×÷]\s*{_NUMBER})+)\s*=\s*\$?({_NUMBER})")
+_EQUATION = re.compile(rf"(?<!\d,)({_NUMBER}(?:\s*[-+*/x×÷]\s*{_NUMBER}){{1,40}})\s*=\s*\$?({_NUMBER})")
 _WORDS = {
     "half": 2, "twice": 2, "double": 2, "pair": 2, "triple": 3, "dozen": 12, "week": 7,
     "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
@@ -209,7 +210,7 @@ def _from_file(path: Path) -> Marker:
     """Human scores by response id; the analysis is theirs where they wrote one, else the rules' one."""
     if not path.is_file():
         raise UserError(f"annotator.path: there is no file {path}; give a CSV with response_id and score.")
-    with path.open(encoding="utf-8", newline="") as lines:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
         rows = list(csv.DictReader(lines))
     if not rows or not {"response_id", "score"} <= rows[0].keys():
         raise UserError(

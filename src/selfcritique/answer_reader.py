@@ -87,7 +87,7 @@ class Num(NamedTuple):
     latex: str
 
 
-_PLAIN = re.compile(r"\$?(-?)([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.([0-9]*))?")
+PLAIN_NUMBER = re.compile(r"\$?(-?)([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.([0-9]*))?")
 _WRITTEN = re.compile(
     r"(?P<sign>[+-]?)\s*(?:"
     r"(?:(?P<whole>[0-9]+)\s*)?\\frac\s*(?:\{\s*(?P<p>[+-]?[0-9]+)\s*\}|(?P<p1>[0-9]))\s*"
@@ -297,7 +297,7 @@ _MINUS_INFINITY = Formula(r"-\infty", r"-\infty")
 
 def read(text: str, join: bool = True) -> Node:
     """The tree of an answer; with `join` off, 100,200 is a list of two numbers."""
-    plain = _PLAIN.fullmatch(text) if join else None
+    plain = PLAIN_NUMBER.fullmatch(text) if join else None
     if plain:
         return _decimal(plain[1], plain[2], plain[3] or "", "", False, text)
     text = _normalise(text)

@@ -3,11 +3,12 @@
     caller ── pipe ──► template process (imports algebra once) ── fork ──► grader (answers one line at a time)
 
 The grader inherits the template's pipes and speaks with the caller directly: one JSON line in, one verdict
-out. Before each item it sets its own limits: an interval timer whose signal keeps its default action, so
+out. Before each item it sets its own limits: interval timers whose signals keep their default action, so
 that the kernel ends the process at the limit even inside C code (big-integer arithmetic never returns to
-Python's signal handlers), and a cap on its address space. When a grader dies, the template answers in its
-place and forks the next one within milliseconds, so that one hostile item costs its limit and nothing else.
-Both end when their standard input closes: no orphans, however the caller dies.
+Python's signal handlers), and a cap on its address space. The limit is of CPU time, so that a verdict does
+not depend on what else the machine does; wall time is bounded too, more widely. When a grader dies, the
+template answers in its place and forks the next one within milliseconds, so that one hostile item costs its
+limit and nothing else. Both end when their standard input closes: no orphans, however the caller dies.
 
 Plain pipes and `subprocess` rather than multiprocessing: it works from threads, event loops, daemonic
 processes and data loaders, and never imports the caller's main module.
@@ -28,8 +29,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-START_S = 120.0  # for the imports, on a loaded machine
-GRACE_S = 10.0  # beyond the limit, before the caller gives a worker up as lost
+from selfcritique.errors import UserError
+
+START_S = 900.0  # for the imports, on an overloaded machine; a worker that ends is noticed at once
+WALL = 10  # wall time allowed, as a multiple of the CPU time
+GRACE_S = 60.0  # beyond that, before the caller gives a worker up as lost
 
 _idle: list["_Worker"] = []
 _lock = threading.Lock()
@@ -50,7 +54,7 @@ def _ask(gold: str, predicted: str, limit_s: float, memory_mb: int) -> str:
             worker = _idle.pop() if _idle else None
         worker = worker or _Worker()
         try:
-            verdict = worker.ask(request, limit_s + GRACE_S)
+            verdict = worker.ask(request, WALL * limit_s + GRACE_S)
         except BaseException:
             worker.kill()
             raise
@@ -76,7 +80,10 @@ class _Worker:
         )
         if self._line(START_S) != "ready":
             self.kill()
-            raise RuntimeError("The answer worker did not start; its error stands above.")
+            raise UserError(
+                "No answer that needs algebra can be compared: the worker process ended, or was not ready "
+                f"within {START_S:.0f} s. `python -m selfcritique.answer_worker` shows why, or says `ready`."
+            )
 
     def ask(self, request: bytes, wait_s: float) -> str:
         """The verdict, or "" if the worker is lost."""
@@ -169,25 +176,28 @@ def _template() -> None:
         _, status = os.waitpid(child, 0)
         if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0:
             return
-        late = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
+        late = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGPROF, signal.SIGALRM)
         os.write(out, b"timeout\n" if late else b"unsupported\n")
 
 
 def _serve(out: int) -> None:
     from selfcritique import algebra
 
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    for timer in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(timer, signal.SIG_DFL)
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     with os.fdopen(0, "rb", closefd=False) as requests:
         for line in requests:
             gold, predicted, limit_s, memory_mb = json.loads(line)
-            signal.setitimer(signal.ITIMER_REAL, limit_s)
+            signal.setitimer(signal.ITIMER_PROF, limit_s)
+            signal.setitimer(signal.ITIMER_REAL, WALL * limit_s)
             allowed = memory_mb << 20 if hard == resource.RLIM_INFINITY else min(memory_mb << 20, hard)
             resource.setrlimit(resource.RLIMIT_AS, (allowed, hard))
             try:
                 verdict = algebra.verdict(gold, predicted)
             except MemoryError:
                 os._exit(3)  # a fresh grader has its memory back
+            signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
             os.write(out, verdict.encode() + b"\n")
 

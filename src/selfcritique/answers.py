@@ -19,7 +19,18 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import TypeAlias
 
-from selfcritique.answer_reader import Formula, Group, Named, Node, Num, Word, node_key, read, value_of
+from selfcritique.answer_reader import (
+    PLAIN_NUMBER,
+    Formula,
+    Group,
+    Named,
+    Node,
+    Num,
+    Word,
+    node_key,
+    read,
+    value_of,
+)
 from selfcritique.errors import UserError
 
 
@@ -30,16 +41,19 @@ class Verdict(StrEnum):
     timeout = "timeout"
 
 
-LIMIT_S = 2.0  # wall time of one comparison, seconds
+LIMIT_S = 2.0  # CPU time of one comparison, seconds
 MEMORY_MB = 1024  # address space of one comparison
 _MAX_TEXT = 1_000_000  # characters; beyond it nothing is read
+_MAX_QUICK = 10_000  # characters; longer answers, plain numbers aside, are read within the limits of a worker
 _MAX_MATCHES = 2500  # pairs tried when two lists are matched in any order
 
 
 # ---- the final answer of a response --------------------------------------------------------------------
 
 _ANSWER_IS = re.compile(r"(?:answer\s+is|answer\s*:|答案\s*[是为:：])", re.IGNORECASE)
-_MATH = re.compile(r"\$\$.{0,2000}?\$\$|\$[^$]*\$|\\\[.{0,2000}?\\\]|\\\(.{0,2000}?\\\)", re.DOTALL)
+_MATH = re.compile(
+    r"\$\$.{0,2000}?\$\$|\$[^$]*\$|\\\[(?:(?!\\\[).){0,2000}?\\\]|\\\((?:(?!\\\().){0,2000}?\\\)", re.DOTALL
+)
 _SENTENCE_END = re.compile(r"\n|\.(?=\s|$)|。|<\||,(?=[^\W\d_a-zA-Z])|，(?=[^\W\d_a-zA-Z])")
 _SENTENCE = re.compile(r"[a-zA-Z]{2}\S* +\S+ +\S|[^\W\d_a-zA-Zα-ω零〇一二两三四五六七八九十百千万负半]")
 _NUMBER_TOKEN = re.compile(
@@ -270,11 +284,11 @@ def _may_match(a: Node, b: Node, names: set[str]) -> bool:
 
 
 def canonical(answer: str) -> str:
-    """One text for equal answers, to group samples for maj@k; formulas are not simplified.
+    """One text for equal answers, to group samples for maj@k; formulas and long texts stay as they are.
 
     Without the percent rule, which is not transitive (10% = 10 and 10% = 0.1): 10% stands alone.
     """
-    if len(answer) > _MAX_TEXT:
+    if len(answer) > _MAX_QUICK and not PLAIN_NUMBER.fullmatch(answer):
         return answer
     node = _reading(answer, True)
     return node_key(node.node if isinstance(node, Named) else node)
@@ -303,6 +317,8 @@ def _fast(gold: str, predicted: str | None) -> Verdict | None:
         return Verdict.incorrect
     if len(gold) > _MAX_TEXT or len(predicted) > _MAX_TEXT:
         return Verdict.unsupported
+    if any(len(text) > _MAX_QUICK and not PLAIN_NUMBER.fullmatch(text) for text in (gold, predicted)):
+        return None
     try:
         return Verdict.correct if decide(gold, predicted, _no_algebra) else Verdict.incorrect
     except NeedsAlgebra:
@@ -325,8 +341,9 @@ def compare_many(
 ) -> list[Verdict]:
     """One verdict per pair, in order; formulas are compared by up to `workers` processes.
 
-    `limit_s` (wall seconds) and `memory_mb` (address space) bound each comparison: beyond the first the
-    verdict is `timeout`, beyond the second `unsupported`, and the other pairs are not affected.
+    `limit_s` (seconds of CPU; ten times as many of wall time) and `memory_mb` (address space) bound each
+    comparison: beyond the first the verdict is `timeout`, beyond the second `unsupported`, and the other
+    pairs are not affected.
     """
     if len(golds) != len(predictions):
         raise ValueError(f"{len(golds)} gold answers but {len(predictions)} predictions")

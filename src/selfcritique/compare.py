@@ -80,22 +80,31 @@ def differences(models: Sequence[Model], metric: str) -> list[dict[str, Any]]:
 
 
 def markdown(models: Sequence[Model], metric: str = "accuracy") -> str:
-    """Both tables; intervals are 95 %, differences in points (hundredths)."""
+    """Both tables; intervals are 95 %, differences in points (hundredths).
+
+    A seed's interval is over problems (that training run alone), the one over seeds over both.
+    """
     seeds = sorted({seed for model in models for seed in model.rows})
     head = [*(f"seed {s}" for s in seeds), "mean"]
-    lines = [*header([f"{metric}, %", *head])]
+    accuracies, compared = [], []
     for model in models:
         values = {s: measure(rows, metric) for s, rows in model.rows.items()}
         mean = sum(v["value"] for v in values.values()) / len(values)
         cells = [_interval(values[s], 1) if s in values else "" for s in seeds]
-        lines.append(line([model.name, *cells, f"{100 * mean:.1f}"]))
-    lines += ["", *header(["difference, points", *head[:-1], "over seeds", "relative", "p (Holm)"])]
+        accuracies.append([model.name, *cells, f"{100 * mean:.1f}"])
+    beside = ("over seeds", "relative", "p (Holm)", "detectable from", "finding")
     for row in differences(models, metric):
         cells = [_interval(row["each"][s], 1, "+", "delta") if s in row["each"] else "" for s in seeds]
         relative = "" if row["relative"] is None else f"{100 * row['relative']:+.1f} %"
-        over = _interval(row, 1, "+", "delta")
-        lines.append(line([f"{row['a']} − {row['b']}", *cells, over, relative, f"{row['p_adjusted']:.2g}"]))
-    return "\n".join(lines)
+        cells += [_interval(row, 1, "+", "delta"), relative]
+        found = (f"{row['p_adjusted']:.2g}", f"{100 * row['mde']:.1f}", row["finding"])
+        compared.append([f"{row['a']} − {row['b']}", *cells, *found])
+    return "\n\n".join(
+        (
+            markdown_table([f"{metric}, %", *head], accuracies),
+            markdown_table(["difference, points", *head[:-1], *beside], compared),
+        )
+    )
 
 
 def _interval(row: Mapping[str, Any], digits: int, sign: str = "", value: str = "value") -> str:
@@ -103,9 +112,5 @@ def _interval(row: Mapping[str, Any], digits: int, sign: str = "", value: str = 
     return "{} [{}, {}]".format(*shown)
 
 
-def header(cells: Sequence[str]) -> tuple[str, str]:
-    return line(cells), line(["---"] * len(cells))
-
-
-def line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))

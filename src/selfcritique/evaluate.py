@@ -16,6 +16,7 @@ for `summary.json`: what is not defined or not bounded is None, never NaN.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import combinations
 from typing import Any
 
@@ -184,10 +185,7 @@ def _comparison(found: stats.Comparison, metric: str, a_value: float, b_value: f
         "metric": metric,
         "a_value": a_value,
         "b_value": b_value,
-        "delta": found.delta,
-        "low": found.low,
-        "high": found.high,
-        "p": found.p,
+        **asdict(found),
         "relative": relative,
     }
 
@@ -198,7 +196,6 @@ def compare_models(
     """a − b on the same problems: bootstrap within sources, exact McNemar beside it for 0/1 outcomes.
 
     delta, low, high, p: paired bootstrap of 10,000 resamples. relative: delta over b's value.
-    sd: of one paired difference, for the minimum detectable effect.
     """
     return compare_values(*_paired(a_rows, b_rows, metric), metric, seed, a, b)
 
@@ -216,30 +213,34 @@ def compare_values(
         **_comparison(found, metric, float(x.mean()), float(y.mean())),
         "p_mcnemar": stats.mcnemar(x, y) if binary else None,
         "n": x.size,
-        "sd": float(np.sqrt(((x - y) ** 2).mean())),
     }
 
 
-def _sentence(row: Mapping[str, Any], alpha: float) -> str:
+def _sentence(row: Mapping[str, Any]) -> str:
     """What may be said of a comparison; differences in points (hundredths)."""
     points = f"{100 * row['delta']:+.1f} points [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
     head = f"{row['a']} − {row['b']}, {row['metric']}: {points}, adjusted p {row['p_adjusted']:.2g}"
-    if row["p_adjusted"] < alpha:
-        return f"{head}: {row['a']} is {'better' if row['delta'] > 0 else 'worse'}."
+    if row["finding"] != "indistinguishable":
+        return f"{head}: {row['a']} is {row['finding']}."
     return f"{head}: indistinguishable (minimum detectable effect {100 * row['mde']:.1f} points)."
 
 
 def adjust(rows: Sequence[Result], alpha: float = 0.05) -> list[Result]:
-    """The family of comparisons with p_adjusted (Holm), mde and a sentence each.
+    """The family of comparisons with p_adjusted (Holm), mde, finding and a sentence each.
 
     mde: minimum detectable effect at 80 % power and level alpha / family size, Holm's strictest step.
+    finding: better | worse | indistinguishable.
     """
     adjusted = stats.holm([row["p"] for row in rows])
     family = []
     for row, p in zip(rows, adjusted, strict=True):
-        mde = stats.minimum_detectable_effect(row["n"], row["sd"], alpha=alpha / len(rows))
-        whole = {**row, "p_adjusted": p, "mde": mde}
-        family.append({**whole, "sentence": _sentence(whole, alpha)})
+        mde = stats.minimum_detectable_effect(
+            row["error"], row["seed_share"], row["df"], alpha=alpha / len(rows)
+        )
+        direction = "better" if row["delta"] > 0 else "worse"
+        finding = direction if p < alpha else "indistinguishable"
+        whole = {**row, "p_adjusted": p, "mde": mde, "finding": finding}
+        family.append({**whole, "sentence": _sentence(whole)})
     return family
 
 
@@ -284,15 +285,12 @@ def compare_seeds(
     )
     a_value = float(np.mean([x["value"].mean() for x, _ in pairs]))
     b_value = float(np.mean([y["value"].mean() for _, y in pairs]))
-    n = len(differences[0])
     return {
         "a": a,
         "b": b,
         **_comparison(found, metric, a_value, b_value),
         "seeds": len(pairs),
-        "n": n,
-        # the standard deviation of n independent pairs that would give this interval
-        "sd": (found.high - found.low) / 2 / 1.96 * math.sqrt(n),
+        "n": len(differences[0]),
         "deltas": [float(d.mean()) for d in differences],
     }
 
@@ -454,7 +452,7 @@ def threshold_curve(rows: pl.DataFrame, thresholds: Sequence[float]) -> list[Res
 def score_agreement(first: pl.Series, second: pl.Series) -> Result:
     """Two readings of the same responses (a critic twice, or two critics): over those that both scored.
 
-    kappa is that of the decision `score ≥ 6`.
+    kappa is that of the decision `score ≥ 6`, kappa_quadratic that of the scores.
     """
     both = pl.DataFrame({"x": first, "y": second}).drop_nulls()
     x, y = both["x"].to_numpy(), both["y"].to_numpy()
@@ -463,6 +461,7 @@ def score_agreement(first: pl.Series, second: pl.Series) -> Result:
         "unscored": len(first) - both.height,
         "spearman": _number(stats.spearman(x, y)),
         "kappa": _number(stats.cohen_kappa(x >= POSITIVE, y >= POSITIVE)),
+        "kappa_quadratic": _number(stats.quadratic_kappa(x, y)),
         "mean_absolute_difference": float(np.abs(x - y).mean()) if both.height else None,
     }
 

@@ -156,7 +156,14 @@ def _figures(part: Mapping[str, Any]) -> Iterator[str]:
 
 def _comparisons(rows: list[dict[str, Any]]) -> Table:
     table = Table(title="Paired comparisons (Holm-adjusted)", title_justify="left")
-    for column in ("comparison", "points (95 % interval)", "relative", "p adjusted", "detectable from"):
+    for column in (
+        "comparison",
+        "points (95 % interval)",
+        "relative",
+        "p adjusted",
+        "detectable from",
+        "finding",
+    ):
         table.add_column(column)
     for row in rows:
         points = f"{100 * row['delta']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
@@ -167,6 +174,7 @@ def _comparisons(rows: list[dict[str, Any]]) -> Table:
             relative,
             f"{row['p_adjusted']:.2g}",
             f"{100 * row['mde']:.1f}",
+            row["finding"],
         )
     return table
 

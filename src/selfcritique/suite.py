@@ -19,7 +19,7 @@ import polars as pl
 
 from selfcritique import set_stages
 from selfcritique.artifacts import Artifact, Store, write_json
-from selfcritique.compare import header, line
+from selfcritique.compare import markdown_table
 from selfcritique.config import EvalSet, SamplingConfig, SuiteConfig, key_part
 from selfcritique.data import sets
 from selfcritique.errors import UserError
@@ -201,11 +201,8 @@ def markdown(summary: Mapping[str, Any]) -> str:
     """Values with their 95 % intervals and paired differences to the base: accuracies in % and points,
     scores as they are, losses as perplexity and their differences in nats per token."""
     against = {(c["set"], c["metric"], c["model"]): c for c in summary["comparisons"]}
-    lines = [
-        *header(
-            ["set", "metric", "model", "value [95 %]", "n", "failed", f"− {summary['base']}", "p (Holm)", ""]
-        )
-    ]
+    head = ["set", "metric", "model", "value [95 %]", "n", "failed", f"− {summary['base']}", "p (Holm)", ""]
+    rows = []
     for row in summary["results"]:
         c = against.get((row["set"], row["metric"], row["model"]))
         cells = [
@@ -215,9 +212,9 @@ def markdown(summary: Mapping[str, Any]) -> str:
             _shown(row),
             str(row["n"]),
         ]
-        lines.append(line([*cells, str(row["failed"]), *(_difference(c) if c else ("", "", ""))]))
+        rows.append([*cells, str(row["failed"]), *(_difference(c) if c else ("", "", ""))])
     judged = [r for r in summary["results"] if r["set"] == EvalSet.mathusereval]
-    return "\n".join([*lines, *(["", *_leaderboard(judged)] if judged else [])])
+    return "\n".join([markdown_table(head, rows), *(["", *_leaderboard(judged)] if judged else [])])
 
 
 _METRICS = {"accuracy": "accuracy, %", "nll": "perplexity", "kl": "KL(base ‖ model), nats/token"}
@@ -249,7 +246,6 @@ def _leaderboard(judged: Sequence[Mapping[str, Any]]) -> list[str]:
     from selfcritique.judge import LEADERBOARD, SUBJECTS
 
     parts = ("micro", "macro", "≥ 7, %", "published parser", *SUBJECTS)
-    lines = [*header(["MathUserEval", "scored by", *parts])]
     rows: list[tuple[str, str, list[float | None]]] = []
     for row in judged:
         d = row["details"]
@@ -260,8 +256,10 @@ def _leaderboard(judged: Sequence[Mapping[str, Any]]) -> list[str]:
     for name, (overall, *scores) in LEADERBOARD.items():
         macro = sum(scores) / len(scores)
         rows.append((f"{name} (published)", "GPT-4-1106-Preview", [overall, macro, None, overall, *scores]))
-    for model, judge, values in rows:
-        lines.append(line([model, judge, *("–" if x is None else f"{x:.2f}" for x in values)]))
+    cells = [
+        [model, judge, *("–" if x is None else f"{x:.2f}" for x in values)] for model, judge, values in rows
+    ]
+    lines = [markdown_table(["MathUserEval", "scored by", *parts], cells)]
     for row in judged:
         if agreement := row["details"].get("agreement"):
             kappa, rho = (
