@@ -215,7 +215,7 @@ class Watch:
             return real_score(engine, prompts, candidates)
 
         def keep(state: Any, *rest: Any) -> None:
-            note(f"step {os.path.relpath(state.path, self.store)} {len(state.rows) + 1}")
+            note(f"step {os.path.relpath(state.path, self.store)} {len(state.steps) + 1}")
             real_keep(state, *rest)
 
         os.write = torn_write
