@@ -145,8 +145,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def timeless(summary: dict[str, Any]) -> dict[str, Any]:
     """A summary without what may differ between a run and its repetition."""
     kept = {name: part for name, part in summary.items() if name not in ("wall_s", "cached", "commit")}
+    cost = ("tokens_per_s", "peak_bytes", "matmul_fraction")
     kept["training"] = {
-        stage: {name: value for name, value in figures.items() if not name.endswith("per_s")}
+        stage: {name: value for name, value in figures.items() if name not in cost}
         for stage, figures in summary["training"].items()
     }
     return kept
