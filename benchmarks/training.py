@@ -303,6 +303,7 @@ class Turns:
         from selfcritique.train.meter import matmul_peak
 
         turn = self.done // self.per_turn
+        matmul_peak(torch.device("cpu"), torch.float32)  # the fit's own, before anything is counted
         self.peak = matmul_peak.__wrapped__(torch.device("cpu"), torch.float32)
         if turn == 0:
             self.counter = FlopCounterMode(display=False).__enter__()

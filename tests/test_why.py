@@ -75,5 +75,5 @@ def test_the_commands(smoke: Finished) -> None:
     report.unlink()
     said = run(smoke.folder, "report", f"run={smoke.out}")
     assert said.code == 0 and said.stdout.strip() == str(report) and report.read_bytes() == before
-    assert "takes run=, runs=, store=, export=" in run(smoke.folder, "report", "rum=x").message
+    assert "takes [run=], [runs=], [store=], [export=]" in run(smoke.folder, "report", "rum=x").message
     assert "why wants one response id" in run(smoke.folder, "why").message

@@ -109,6 +109,7 @@ def samples(run: Run) -> pl.LazyFrame:
     pairing made of it (selected, chosen, rejected, or the reason against it), null where neither looked.
     """
     parts = []
+    unknown = pl.LazyFrame(schema={"score": pl.Float64, "parse": pl.String, "decision": pl.String})
     for name in run.stages("sample"):
         rows = pl.scan_parquet(run.path(name, "responses.parquet")).select(
             pl.lit(name).alias("stage"), *_SAMPLE
@@ -122,7 +123,7 @@ def samples(run: Run) -> pl.LazyFrame:
             if scored in run.decisions:
                 rows = rows.join(_decided(run, run.decisions[scored]), on="response_id", how="left")
         parts.append(rows)
-    return pl.concat(parts, how="diagonal").join(
+    return pl.concat([*parts, unknown], how="diagonal").join(
         problems(run).select("problem_id", *GROUPS), on="problem_id", how="left"
     )
 
