@@ -184,7 +184,7 @@ def test_both_modes_of_one_critic(
     def scripted(*_: object) -> Iterator[ScriptedEngine]:
         yield engine
 
-    monkeypatch.setattr(stages, "_engine", scripted)
+    monkeypatch.setattr(stages, "open_engine", scripted)
     by_logits = scored(CriticMode.logit, inputs, tmp_path / "logit")
     assert by_logits["missing_mass"] == pytest.approx(0.3) and by_logits["parse_failure_rate"] == 0
     assert by_logits["seconds_per_response"] > 0

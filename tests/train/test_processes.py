@@ -80,4 +80,4 @@ def test_a_fault_of_the_processes_reaches_the_run(
     with pytest.raises(UserError, match=r"loss is not finite at step 3 of 20.*last_good"):
         fit_dpo(TRAIN, DpoLossConfig(1, 1), trainer, llama_dir, pairs, reference, tmp_path, 7)
     kept = load_file(tmp_path / "scratch/last_good/model.safetensors")["model.norm.weight"]
-    assert 0.015 < (kept - 1).abs().max() < 0.025  # norms start at 1 and move by up to lr a step
+    assert 0.0045 < (kept - 1).abs().max() < 0.0075  # norms start at 1 and move by up to lr a step
