@@ -220,7 +220,7 @@ def test_what_cannot_be_read_is_said(run: Path) -> None:
     [
         ((), "export or import"),
         (("export", "run=."), "run=, out="),
-        (("export", "run=.", "out=x.csv", "m=3"), "stage=, n=, seed=, store="),
+        (("export", "run=.", "out=x.csv", "m=3"), "[stage=], [n=], [seed=], [store=]"),
         (("export", "run=.", "out=x.csv", "n=many"), "n=many"),
         (("import", "run=.", "sheet=x.csv"), "sheet=x.csv: there is no such file"),
         (("import", "run=.", "sheet=x.csv", "out=x.csv"), "name another file"),
