@@ -1,18 +1,17 @@
 """`why`: a response's way through a real run, down to the steps that trained on it."""
 
-import json
-from statistics import fmean
 from typing import Any
 
 import polars as pl
 import pytest
 
 from runs import Finished, run
+from selfcritique import stages
 from selfcritique.config import PromptStyle
 from selfcritique.errors import UserError
 from selfcritique.results import Run, load_run
-from selfcritique.stages import token_pairs
-from selfcritique.why import explain, step_rows
+from selfcritique.train.batch import Schedule
+from selfcritique.why import explain
 
 
 @pytest.fixture(scope="module")
@@ -24,16 +23,17 @@ def rows(smoke: Finished, stage: str, file: str) -> list[dict[str, Any]]:
     return pl.read_parquet(smoke.artifact(stage) / f"{file}.parquet").to_dicts()
 
 
-def test_the_steps_are_those_that_trained_on_the_pairs(smoke: Finished, finished: Run) -> None:
-    """DPO wrote the mean length of the chosen responses at each step: that of the pairs said to be in it."""
+def test_the_steps_are_those_that_trained_on_the_pair(smoke: Finished, finished: Run) -> None:
+    """Which pairs a step takes is a function of the seed and the step: told apart from what was recorded."""
     inputs = {role: finished.artifacts[name] for role, name in finished.inputs("dpo").items()}
-    pairs = token_pairs(PromptStyle.terse, inputs)
-    steps = step_rows(finished, "dpo")
-    assert sorted(row for step in steps for row in step) == list(range(len(pairs)))  # one epoch
-    lines = (smoke.artifact("dpo") / "metrics.jsonl").read_text().splitlines()
-    written = [json.loads(line)["chosen_length"] for line in lines]
-    assert [fmean(len(pairs[row].chosen_ids) for row in step) for step in steps] == pytest.approx(written)
-    assert len(set(written)) == len(steps) == 2  # they can be told apart
+    lengths = [pair.length for pair in stages.token_pairs(PromptStyle.terse, inputs)]
+    config = finished.artifacts["dpo"].manifest["config"]
+    train = config["train"]
+    schedule = Schedule(lengths, train["batch_size"], train["epochs"], config["seed"])
+    assert len(schedule) == 2
+    for row, pair in enumerate(rows(smoke, "pairs", "pairs")):
+        (step,) = [n for n in (1, 2) if row in schedule[n - 1]]
+        assert list(explain(finished, pair["rejected_id"]))[-1].endswith(f"dpo, steps {step} of 2")
 
 
 def test_a_chosen_response(smoke: Finished, finished: Run) -> None:

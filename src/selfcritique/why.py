@@ -1,11 +1,10 @@
 """What became of one response: from its question through critique and selection to the steps it trained."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import polars as pl
 
-from selfcritique.config import PromptStyle
 from selfcritique.errors import UserError
 from selfcritique.results import Run, samples, with_texts
 
@@ -64,27 +63,9 @@ def _uses(run: Run, response_id: str) -> Iterator[str]:
         else:
             rows = pl.read_parquet(run.path(inputs["examples"], "examples.parquet"))
             hit = pl.col("response_id") == response_id
-        places = set(rows.select(pl.arg_where(hit)).to_series())
-        if places:
-            batches = step_rows(run, name)
-            steps = [str(step) for step, batch in enumerate(batches, 1) if not places.isdisjoint(batch)]
-            yield f"{name}, steps {', '.join(steps) or 'none (too long)'} of {len(batches)}"
-
-
-def step_rows(run: Run, name: str) -> list[list[int]]:
-    """The rows of its examples or pairs that each optimiser step of a fit trained on."""
-    from selfcritique import stages
-    from selfcritique.train.batch import Schedule
-
-    config = run.artifacts[name].manifest["config"]
-    inputs = {role: run.artifacts[source] for role, source in run.inputs(name).items()}
-    lengths: Sequence[int]
-    if "pairs" in inputs:
-        lengths = [pair.length for pair in stages.token_pairs(PromptStyle(config["style"]), inputs)]
-    else:
-        rows = pl.read_parquet(inputs["examples"].path / "examples.parquet").to_dicts()
-        lengths = stages.token_counts(inputs["model"].path, rows)
-    kept = [i for i, length in enumerate(lengths) if length <= config["trainer"]["max_length"]]
-    train = config["train"]
-    schedule = Schedule([lengths[i] for i in kept], train["batch_size"], train["epochs"], config["seed"])
-    return [[kept[i] for i in schedule[step]] for step in range(len(schedule))]
+        places = rows.select(pl.arg_where(hit)).to_series().implode()
+        trained = pl.read_parquet(run.path(name, "trained.parquet"))
+        steps = trained.filter(pl.col("example").is_in(places))["step"].unique().sort()
+        if len(places.item()):
+            shown = ", ".join(map(str, steps)) or "none (too long)"
+            yield f"{name}, steps {shown} of {run.artifacts[name].metrics['steps']}"

@@ -422,7 +422,7 @@ def test_examples_hold_every_pair_of_every_step(
     pairs = [*make_pairs(10), long, *make_pairs(9, seed=1)]
     trainer = TrainerConfig(micro_tokens=60, max_length=64)
     dpo(llama_dir, pairs, tmp_path, trainer, train=training(epochs=2))
-    found = polars.read_parquet(tmp_path / "examples.parquet")
+    found = polars.read_parquet(tmp_path / "trained.parquet")
     for epoch in (found.filter(polars.col("step") <= 3), found.filter(polars.col("step") > 3)):
         assert sorted(epoch["example"]) == [i for i in range(20) if i != 10]
     lengths = [len(pairs[i].chosen_ids) for i in found["example"]]
@@ -436,7 +436,7 @@ def test_examples_hold_every_pair_of_every_step(
 def test_examples_of_sft(llama_dir: Path, make_pairs: MakePairs, tmp_path: Path) -> None:
     """The loss of a step is that of its examples over their tokens; one epoch names each once."""
     sft(llama_dir, make_pairs(20), tmp_path, EACH_STEP)
-    found = polars.read_parquet(tmp_path / "examples.parquet")
+    found = polars.read_parquet(tmp_path / "trained.parquet")
     assert sorted(found["example"]) == list(range(20))
     for row in rows_of(tmp_path):
         own = found.filter(step=row["step"])

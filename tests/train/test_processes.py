@@ -61,7 +61,7 @@ def test_two_processes_train_as_one(
         assert other == pytest.approx(mine, rel=1e-4, abs=1e-4)
     residuals = [other["loss"] - mine["loss"] for mine, other in zip(*rows, strict=True)]
     assert abs(sum(residuals) / 20) <= 1e-5
-    tables = [polars.read_parquet(tmp_path / name / "examples.parquet") for name in ("one", "two")]
+    tables = [polars.read_parquet(tmp_path / name / "trained.parquet") for name in ("one", "two")]
     assert tables[0]["step", "example"].equals(tables[1]["step", "example"])
     for name in ("chosen_logps", "rejected_logps"):
         assert tables[1][name].to_list() == pytest.approx(tables[0][name].to_list(), rel=1e-4, abs=1e-4)

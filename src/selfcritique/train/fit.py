@@ -2,7 +2,7 @@
 
 OUT/                   model.safetensors, config, tokenizer: the result
 OUT/metrics.jsonl      one row per step; no times, so that an equal run leaves equal bytes
-OUT/examples.parquet   what each example gave at each step that trained on it
+OUT/trained.parquet    what each example gave at each step that trained on it
 OUT/timing.jsonl       seconds, tokens/s, memory and share of the matmul peak of each step
 OUT/scratch/state.safetensors      weights, optimiser and generator state, the step: written aside
 OUT/scratch/steps[.RANK].jsonl     the rows of all three files, as they come
@@ -344,17 +344,20 @@ def _fit(
     _save(model, state, trainer, model_dir, out)
     if trainer.processes == 1:
         _write_rows(out)
-    timing = [step["timing"] for step in state.steps]
-    seconds = sum(row["seconds"] for row in timing)
-    cost = {
-        "tokens": state.tokens,
-        "tokens_per_s": state.tokens / max(seconds, 1e-9),
-        "peak_bytes": max(row["peak_bytes"] for row in timing),
-        "matmul_fraction": sum(row["matmul_fraction"] * row["seconds"] for row in timing)
-        / max(seconds, 1e-9),
-    }
     rows = [step["row"] for step in state.steps]
-    return {"steps": state.done, **cost} | last_means(rows, ("loss", *DPO_FIGURES))
+    return {"steps": state.done, **_cost(state)} | last_means(rows, ("loss", *DPO_FIGURES))
+
+
+def _cost(state: "_State") -> Row:
+    """Of all steps: tokens and their rate, the most memory, the share of the matmul peak."""
+    timing = [step["timing"] for step in state.steps]
+    seconds = max(sum(row["seconds"] for row in timing), 1e-9)
+    return {
+        "tokens": state.tokens,
+        "tokens_per_s": state.tokens / seconds,
+        "peak_bytes": max(row["peak_bytes"] for row in timing),
+        "matmul_fraction": sum(row["matmul_fraction"] * row["seconds"] for row in timing) / seconds,
+    }
 
 
 def _write_rows(out: Path) -> None:
@@ -370,7 +373,7 @@ def _write_rows(out: Path) -> None:
     with full_disk_is_user_error(out):
         for name, part in (("metrics.jsonl", "row"), (TIMING, "timing")):
             (out / name).write_text("".join(json.dumps(step[part]) + "\n" for step in steps[0]))
-        polars.concat(each).sort("step", "example").write_parquet(out / "examples.parquet")
+        polars.concat(each).sort("step", "example").write_parquet(out / "trained.parquet")
 
 
 def _save(model: Any, state: "_State", trainer: TrainerConfig, model_dir: Path, out: Path) -> None:
