@@ -14,6 +14,7 @@ from selfcritique.artifacts import Artifact, Store, artifact_key, write_json
 from selfcritique.config import Annotator, AnnotatorConfig
 from selfcritique.errors import UserError
 from selfcritique.records import Problem
+from selfcritique.results import load_run
 
 TEXTS = [
     "4 * 2 = 8\n#### 8",
@@ -66,6 +67,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "critic_data": made("critic_data", inputs, examples=taught),
     }
     write_json(Path("lineage.json"), {name: {"stage": a.stage, "key": a.key} for name, a in done.items()})
+    write_json(Path("summary.json"), {})
+    Path("config.yaml").write_text("store: store")
     return tmp_path
 
 
@@ -122,7 +125,7 @@ def test_a_draw_is_even_over_the_bands() -> None:
 @pytest.mark.parametrize(("encoding", "delimiter"), [("utf-8-sig", ","), ("utf-8", ";"), ("utf-8-sig", "\t")])
 def test_marks_come_back_from_spreadsheet_programs(run: Path, encoding: str, delimiter: str) -> None:
     export()
-    scored = sheets.load_scored(Path(), "gate_scores", Path("store"))
+    scored = sheets.load_scored(load_run("."), "gate_scores")
     ids = scored["response_id"].to_list()
     given = {i: str(k) for k, i in enumerate(ids[:6], 1)}
     found = sheets.read_sheet(filled(Path("a.csv"), given, encoding, delimiter), scored)
@@ -135,7 +138,7 @@ def test_agreement_by_hand(run: Path, capsys: pytest.CaptureFixture[str]) -> Non
     are 4.5, squares sum to 153.5 and 157, squared distances to 0.25 + 0.25.
     Annotator b says 3 where a says 1: the lower median is 1."""
     export()
-    scored = sheets.load_scored(Path(), "gate_scores", Path("store"))
+    scored = sheets.load_scored(load_run("."), "gate_scores")
     ids = scored["response_id"].to_list()
     a = dict(zip(ids, ["1", "2", "4", "6", "6", "8"], strict=False))
     filled(Path("a.csv"), a)
@@ -164,7 +167,7 @@ def test_agreement_by_hand(run: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_what_the_critic_was_taught_can_be_marked_again(run: Path) -> None:
     export("stage=critic_data", "n=3", "seed=5")
-    scored = sheets.load_scored(Path(), "critic_data", Path("store"))
+    scored = sheets.load_scored(load_run("."), "critic_data")
     assert scored["score"].to_list() == [1.0, 2.0, 4.0, 10.0]  # without the corruption, which has no id
     assert (
         len(sheets.read_sheet(filled(Path("a.csv"), dict.fromkeys(scored["response_id"], "5")), scored)) == 3
@@ -172,7 +175,7 @@ def test_what_the_critic_was_taught_can_be_marked_again(run: Path) -> None:
 
 
 def test_every_mistake_is_named_by_its_line(run: Path) -> None:
-    scored = sheets.load_scored(Path(), "gate_scores", Path("store"))
+    scored = sheets.load_scored(load_run("."), "gate_scores")
     sheets.write_sheet(scored, Path("sheet.csv"))  # in the order of TEXTS
     lines = Path("sheet.csv").read_text(encoding="utf-8-sig").splitlines()
     lines[2] = lines[2].replace('#### 8",', '#### 9",7')
@@ -195,7 +198,7 @@ def test_every_mistake_is_named_by_its_line(run: Path) -> None:
 
 
 def test_what_cannot_be_read_is_said(run: Path) -> None:
-    scored = sheets.load_scored(Path(), "gate_scores", Path("store"))
+    scored = sheets.load_scored(load_run("."), "gate_scores")
     sheets.write_sheet(scored, Path("sheet.csv"))
     with pytest.raises(UserError, match="exists and may hold marks"):
         sheets.write_sheet(scored, Path("sheet.csv"))
@@ -208,11 +211,11 @@ def test_what_cannot_be_read_is_said(run: Path) -> None:
     with pytest.raises(UserError, match="question, reference, response, comment is missing"):
         sheets.read_sheet(Path("short.csv"), scored)
     with pytest.raises(UserError, match="gate_scores, critic_data"):
-        sheets.load_scored(Path(), "gate", Path("store"))
-    with pytest.raises(UserError, match=r"run=nowhere.*lineage.json"):
-        sheets.load_scored(Path("nowhere"), "gate_scores", Path("store"))
-    with pytest.raises(UserError, match=r"is gone.*store="):
-        sheets.load_scored(Path(), "gate_scores", Path("elsewhere"))
+        sheets.load_scored(load_run("."), "gate")
+    with pytest.raises(UserError, match=r"no finished run.*nowhere"):
+        load_run("nowhere")
+    with pytest.raises(UserError, match=r"is not in .*elsewhere.*store="):
+        load_run(".", "elsewhere")
 
 
 @pytest.mark.parametrize(

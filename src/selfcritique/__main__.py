@@ -204,9 +204,10 @@ def _annotate(words: list[str]) -> None:
     else:
         raise UserError(f"annotate wants export or import; found {action or 'nothing'}.")
     from selfcritique import sheets
+    from selfcritique.results import load_run
 
-    stage, store = given.get("stage", "gate_scores"), Path(given.get("store", "store"))
-    scored = sheets.load_scored(Path(given["run"]), stage, store)
+    stage = given.get("stage", "gate_scores")
+    scored = sheets.load_scored(load_run(given["run"], given.get("store", "")), stage)
     if action == "export":
         numbers = (given.get("n", "100"), given.get("seed", "0"))
         if not all(number.isdecimal() for number in numbers):

@@ -7,7 +7,6 @@ what the critic is taught (its scores are the annotator's): what comes back is t
 
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -20,6 +19,7 @@ from selfcritique.annotate import band
 from selfcritique.compare import markdown_table
 from selfcritique.errors import UserError
 from selfcritique.evaluate import score_agreement
+from selfcritique.results import Run
 
 COLUMNS = ("id", "question", "reference", "response", "score", "comment")
 _SCORES = {"score": "scored.parquet", "critic_data": "examples.parquet"}  # stage -> where its scores stand
@@ -32,28 +32,20 @@ class Mark(NamedTuple):
     comment: str
 
 
-def load_scored(run: Path, stage: str, store: Path) -> pl.DataFrame:
+def load_scored(run: Run, stage: str) -> pl.DataFrame:
     """One row per scored response of a stage: response_id, score, question, reference, response."""
-    if not (run / "lineage.json").is_file():
-        raise UserError(f"run={run}: there is no finished run (lineage.json) in this folder.")
-    lineage = json.loads((run / "lineage.json").read_text())
-    stages = [name for name, entry in lineage.items() if entry["stage"] in _SCORES]
+    stages = [name for name, made in run.artifacts.items() if made.stage in _SCORES]
     if stage not in stages:
         raise UserError(f"stage={stage}: the run has no such scores; it has {', '.join(stages) or 'none'}.")
-    kind, key = lineage[stage]["stage"], lineage[stage]["key"]
-    manifest = store / kind / key / "manifest.json"
-    if not manifest.is_file():
-        raise UserError(f"stage={stage}: {manifest} is gone; run it again or name its store (store=...).")
-    made_from = json.loads(manifest.read_text())["inputs"]
+    made_from = run.inputs(stage)
     problems, responses = (
-        pl.scan_parquet(store / made_from[role]["stage"] / made_from[role]["key"] / f"{role}.parquet")
-        for role in ("problems", "responses")
+        pl.scan_parquet(run.path(made_from[role], f"{role}.parquet")) for role in ("problems", "responses")
     )
     shown = pl.when(pl.col("reference") == "").then("answer").otherwise("reference")
     questions = problems.select("problem_id", "question", reference=shown).unique("problem_id")
     texts = responses.select("problem_id", "response_id", response="text")
     return (
-        pl.scan_parquet(manifest.parent / _SCORES[kind])
+        pl.scan_parquet(run.path(stage, _SCORES[run.artifacts[stage].stage]))
         .select("response_id", pl.col("score").cast(pl.Float64))
         .join(texts, on="response_id", how="inner", maintain_order="left")
         .join(questions, on="problem_id", how="inner", maintain_order="left")
