@@ -19,6 +19,7 @@ from typing import Any
 import polars as pl
 
 from selfcritique.artifacts import Artifact, Journal, write_json
+from selfcritique.checkpoints import plain_checkpoint
 from selfcritique.config import (
     AnnotatorConfig,
     AskConfig,
@@ -357,6 +358,7 @@ def token_pairs(style: PromptStyle, inputs: Inputs) -> list[Any]:
 class ReferenceLogps:
     trainer: TrainerConfig
     style: PromptStyle
+    quantize: bool  # as the policy that starts from it
 
 
 def reference_logps(config: ReferenceLogps, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
@@ -364,7 +366,7 @@ def reference_logps(config: ReferenceLogps, inputs: Inputs, out: Path, progress:
     from selfcritique.train import fit
 
     pairs = token_pairs(config.style, inputs)
-    logps = fit.reference_logps(config.trainer, inputs["model"].path, pairs, progress)
+    logps = fit.reference_logps(config.trainer, inputs["model"].path, pairs, progress, config.quantize)
     logps.save(out / "reference.safetensors")
     return {"pairs": len(pairs)}
 
@@ -397,7 +399,7 @@ def dpo(config: Dpo, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
 def open_engine(config: EngineConfig, model: Path) -> Iterator[Any]:
     from selfcritique.engine.hf import HfEngine
 
-    with HfEngine(model, config.max_batch_tokens, config.dtype, config.device) as engine:
+    with HfEngine(plain_checkpoint(model), config.max_batch_tokens, config.dtype, config.device) as engine:
         yield engine
 
 
