@@ -10,7 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
@@ -28,6 +28,7 @@ from selfcritique.config import (
     DataConfig,
     DpoLossConfig,
     EngineConfig,
+    EngineKind,
     Floor,
     PairConfig,
     PromptStyle,
@@ -396,10 +397,19 @@ def dpo(config: Dpo, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
 
 
 @contextmanager
-def open_engine(config: EngineConfig, model: Path) -> Iterator[Any]:
-    from selfcritique.engine.hf import HfEngine
+def open_engine(config: EngineConfig, model: Path, out: Path) -> Iterator[Any]:
+    """The engine on a checkpoint; what a process of its own prints is kept in `out`'s scratch folder."""
+    plain = plain_checkpoint(model)
+    opened: AbstractContextManager[Any]
+    if config.kind is EngineKind.vllm:
+        from selfcritique.engine.vllm import VllmEngine
 
-    with HfEngine(plain_checkpoint(model), config.max_batch_tokens, config.dtype, config.device) as engine:
+        opened = VllmEngine(plain, config, out / "scratch" / "vllm.log")
+    else:
+        from selfcritique.engine.hf import HfEngine
+
+        opened = HfEngine(plain, config.max_batch_tokens, config.dtype, config.device)
+    with opened as engine:
         yield engine
 
 
@@ -470,7 +480,7 @@ def sample(config: Sample, inputs: Inputs, out: Path, progress: Progress) -> Met
     asked = load_problems(inputs["problems"], config.split, config.limit)
     s = config.sampling
     params = SamplingParams(s.n, s.temperature, s.max_tokens, config.seed, s.top_p, s.top_k)
-    with open_engine(config.engine, inputs["model"].path) as engine:
+    with open_engine(config.engine, inputs["model"].path, out) as engine:
         rows = complete(
             engine, [solve_prompt(config.style, p.question) for p in asked], params, out, progress
         )
@@ -529,7 +539,7 @@ def score(config: Score, inputs: Inputs, out: Path, progress: Progress) -> Metri
         critique_prompt(config.style, by_id[p], text, ask.reference, score_only=ask.mode is CriticMode.logit)
         for p, text in responses.select("problem_id", "text").iter_rows()
     ]
-    with open_engine(config.engine, inputs["critic"].path) as engine:
+    with open_engine(config.engine, inputs["critic"].path, out) as engine:
         read = _by_logits if ask.mode is CriticMode.logit else _by_text
         resumed, start = _journal(out).exists(), time.perf_counter()
         rows = read(config, engine, prompts, out, progress)
