@@ -24,7 +24,6 @@ from typing import Any, Self
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from selfcritique.config import EngineConfig
-from selfcritique.engine import vllm_process
 from selfcritique.engine.base import (
     BatchResult,
     Completion,
@@ -36,7 +35,7 @@ from selfcritique.engine.base import (
     end_ids,
     plan_batches,
 )
-from selfcritique.engine.vllm_process import Answer, Job, Request
+from selfcritique.engine.vllm_process import Answer, Job, Request, main
 from selfcritique.errors import UserError
 from selfcritique.prompts import PromptEncoder
 from selfcritique.records import Prompt
@@ -146,31 +145,29 @@ class VllmEngine:
         for tail in tails:
             for i, token in enumerate(tail):
                 following[tuple(tail[:i])].add(token)
+        beginnings = list(following)
         ids = [prompt + given for prompt in self.encoder.prompt_ids_many(prompts)]
         batches = self._plan(ids, max(map(len, tails)), f"score {tails}", done)
         requests = [
             Request(
-                k * len(following) + node,
+                k * len(beginnings) + node,
                 ids[batch.indices[0]] + list(beginning),
-                {"max_tokens": 1, "temperature": 0.0, "logprob_token_ids": sorted(tokens)},
+                {"max_tokens": 1, "temperature": 0.0, "logprob_token_ids": sorted(following[beginning])},
             )
             for k, batch in enumerate(batches)
-            for node, (beginning, tokens) in enumerate(following.items())
+            for node, beginning in enumerate(beginnings)
         ]
-        beginnings = list(following)
-        found: dict[int, dict[tuple[int, ...], float]] = defaultdict(dict)  # log-prob of each last token
-        answered = [0] * len(batches)
-        for answer in self._answers(requests, 0):
-            k, node = divmod(answer.index, len(following))
-            for token in following[beginnings[node]]:
-                found[k][(*beginnings[node], token)] = answer.outputs[0].logps[token]
-            answered[k] += 1
-            if answered[k] == len(following):
-                edges = found.pop(k)
-                logps = tuple(sum(edges[tuple(t[: i + 1])] for i in range(len(t))) for t in tails)
-                missing = max(0.0, 1.0 - sum(map(exp, logps)))
-                batch = batches[k]
-                yield ScoreBatch(batch.batch_id, [ContinuationScores(batch.indices[0], logps, missing)])
+        found: dict[int, dict[tuple[int, ...], float]] = defaultdict(dict)  # log-prob of a path's last token
+        n_tokens = sum(map(len, following.values()))
+        for answer in self._answers(requests, seed=0):
+            k, node = divmod(answer.index, len(beginnings))
+            beginning, logps = beginnings[node], answer.outputs[0].logps
+            found[k] |= {(*beginning, token): logps[token] for token in following[beginning]}
+            if len(found[k]) == n_tokens:
+                paths, batch = found.pop(k), batches[k]
+                totals = tuple(sum(paths[tuple(t[: i + 1])] for i in range(len(t))) for t in tails)
+                missing = max(0.0, 1.0 - sum(map(exp, totals)))
+                yield ScoreBatch(batch.batch_id, [ContinuationScores(batch.indices[0], totals, missing)])
 
     def _plan(
         self, ids: Sequence[Sequence[int]], new_tokens: int, salt: str, done: Container[str]
@@ -203,7 +200,7 @@ class VllmEngine:
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         with theirs, self.log_file.open("ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", vllm_process.__name__, str(theirs.fileno())],
+                [sys.executable, "-P", "-c", f"from {main.__module__} import main; main({theirs.fileno()})"],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -225,7 +222,8 @@ class VllmEngine:
             when = "twice" if at_work else "while loading"
             raise UserError(
                 f"vLLM's process ended {when} (code {process.returncode}). The same command goes on from "
-                "what is done. If memory was short (often code -9), lower engine.kv_cache_gb, max_model_len or "
-                f"gpu_memory_utilization. Last lines of {self.log_file}:\n" + "\n".join(lines)
+                "what is done. If memory was short (often code -9), lower engine.kv_cache_gb, "
+                "gpu_memory_utilization or max_model_len. "
+                f"Last lines of {self.log_file}:\n" + "\n".join(lines)
             )
         log.warning("vLLM's process ended (code %s) and is started again", process.returncode)

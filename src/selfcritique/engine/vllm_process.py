@@ -1,4 +1,4 @@
-"""vLLM in a process of its own: the other end of `VllmEngine`, `python -m` this with a socket's descriptor.
+"""vLLM in a process of its own: the other end of `VllmEngine`.
 
 In come the settings, then jobs; out goes True when the model is loaded, then each request's outputs as they
 finish. A new job ends the one before. When the other end closes, however its process died, this process
@@ -7,7 +7,7 @@ ends with its whole group.
 
 import os
 import signal
-import sys
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -47,7 +47,17 @@ class Answer:
     cached: int  # tokens of the prompt that were not computed again
 
 
-def main(pipe: Connection) -> None:
+def main(descriptor: int) -> None:
+    """The process's whole life; it ends with code 1, and the pipe with it, not before it."""
+    pipe = Connection(descriptor)
+    try:
+        _serve(pipe)
+    except BaseException:
+        traceback.print_exc()
+    os._exit(1)
+
+
+def _serve(pipe: Connection) -> None:
     jobs: SimpleQueue[Job] = SimpleQueue()
     settings = pipe.recv()
     Thread(target=_receive, args=(pipe, jobs), daemon=True).start()
@@ -70,17 +80,20 @@ def load(settings: dict[str, Any]) -> Any:
     """An LLMEngine; `settings` are EngineArgs, of which a CPU has its own."""
     from vllm import EngineArgs
     from vllm.platforms import current_platform
+    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    cpu = {
-        "block_size": CPU_BLOCK,
-        "enforce_eager": True,  # compiling takes longer than most stages
-        "enable_chunked_prefill": False,  # slower
-        "max_num_batched_tokens": max(settings["max_num_batched_tokens"], settings["max_model_len"]),
-    }
-    without = {"kv_cache_memory_bytes"} if not current_platform.is_cpu() else {"gpu_memory_utilization"}
-    args = {name: value for name, value in settings.items() if name not in without}
-    return LLMEngine.from_engine_args(EngineArgs(**args, **(cpu if current_platform.is_cpu() else {})))
+    if current_platform.is_cpu():
+        settings.pop("gpu_memory_utilization")
+        settings |= {
+            "block_size": CPU_BLOCK,
+            "enforce_eager": True,  # compiling takes longer than most stages
+            "enable_chunked_prefill": False,  # slower
+            "max_num_batched_tokens": max(settings["max_num_batched_tokens"], settings["max_model_len"]),
+        }
+    else:
+        settings.pop("kv_cache_memory_bytes")
+    return LLMEngine.from_engine_args(EngineArgs(**settings), UsageContext.LLM_CLASS)
 
 
 def _answers(engine: Any, job: Job, jobs: "SimpleQueue[Job]") -> Iterator[Answer]:
@@ -90,13 +103,15 @@ def _answers(engine: Any, job: Job, jobs: "SimpleQueue[Job]") -> Iterator[Answer
 
     set_random_seed(job.seed)
     whole = {"detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}
-    for request in job.requests:
-        params = SamplingParams(**request.params, **whole)
-        engine.add_request(str(request.index), {"prompt_token_ids": request.ids}, params)
-    open_requests = {str(request.index) for request in job.requests}
-    while open_requests:
+    waiting = {f"{job.number}/{request.index}": request for request in job.requests}
+    for name, asked in waiting.items():
+        params = SamplingParams(**asked.params, **whole)
+        engine.add_request(name, {"prompt_token_ids": asked.ids}, params)
+    while waiting:
         for said in engine.step():
-            open_requests.remove(said.request_id)
+            request = waiting.pop(said.request_id, None)
+            if request is None:  # of a job that was ended
+                continue
             outputs = [
                 Output(
                     list(o.token_ids),
@@ -105,11 +120,7 @@ def _answers(engine: Any, job: Job, jobs: "SimpleQueue[Job]") -> Iterator[Answer
                 )
                 for o in sorted(said.outputs, key=lambda o: o.index)
             ]
-            yield Answer(job.number, int(said.request_id), outputs, said.num_cached_tokens or 0)
+            yield Answer(job.number, request.index, outputs, said.num_cached_tokens or 0)
         if not jobs.empty():
-            engine.abort_request(list(open_requests))
+            engine.abort_request(list(waiting))
             return
-
-
-if __name__ == "__main__":
-    main(Connection(int(sys.argv[1])))
