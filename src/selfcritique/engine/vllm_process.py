@@ -98,6 +98,7 @@ def load(settings: dict[str, Any]) -> Any:
 
 def _answers(engine: Any, job: Job, jobs: "SimpleQueue[Job]") -> Iterator[Answer]:
     from vllm import SamplingParams
+    from vllm.inputs import tokens_input
     from vllm.sampling_params import RequestOutputKind
     from vllm.utils.torch_utils import set_random_seed
 
@@ -106,7 +107,7 @@ def _answers(engine: Any, job: Job, jobs: "SimpleQueue[Job]") -> Iterator[Answer
     waiting = {f"{job.number}/{request.index}": request for request in job.requests}
     for name, asked in waiting.items():
         params = SamplingParams(**asked.params, **whole)
-        engine.add_request(name, {"prompt_token_ids": asked.ids}, params)
+        engine.add_request(name, tokens_input(asked.ids), params)
     while waiting:
         for said in engine.step():
             request = waiting.pop(said.request_id, None)
