@@ -271,15 +271,29 @@ class TinyConfig:
 
 
 @dataclass
-class ModelConfig:
-    """Where the base comes from: a checkpoint folder, or (path empty) a tiny model from scratch."""
+class ShapeConfig:
+    """Sizes of a decoder, for the cost estimate of a plan; where the checkpoint is here, its own count."""
 
-    path: str = ""
+    layers: int = MISSING
+    hidden_size: int = MISSING
+    intermediate_size: int = MISSING
+    heads: int = MISSING
+    kv_heads: int = MISSING
+    vocabulary: int = MISSING
+    head_dim: int = 0  # 0: hidden_size / heads
+
+
+@dataclass
+class ModelConfig:
+    """Where the base comes from: a checkpoint, or (path empty) a tiny model from scratch."""
+
+    path: str = ""  # folder, OWNER/NAME[@REVISION] of the hub, or GGUF file (checkpoints.py)
     tiny: TinyConfig = field(default_factory=TinyConfig)
     sft: TrainConfig | None = None  # SFT on the reference solutions of base_train; null: as it is
     lora: LoraConfig = field(default_factory=LoraConfig)  # of every training that has none of its own
     prompts: PromptStyle = PromptStyle.instruct
-    trust_remote_code: bool = False
+    shape: ShapeConfig | None = None  # for plans, where the checkpoint is not here
+    trust_remote_code: bool = False  # whether the checkpoint's own code may run
 
 
 @dataclass
