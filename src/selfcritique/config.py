@@ -45,6 +45,7 @@ def _content(default: str) -> Any:
 class Source(StrEnum):
     word_problems = "word_problems"  # generated (data/word_problems.py)
     gsm8k = "gsm8k"  # path: folder with train.jsonl and test.jsonl, or empty for the hub
+    math = "math"  # as gsm8k; rows have problem, solution, type and level
     jsonl = "jsonl"  # path: file with question, reference, optional answer and subject
 
 

@@ -275,14 +275,15 @@ def plan(graph: Graph, store: Store, until: str = "") -> list[PlanRow]:
 
 def _work(node: Node, splits: SplitsConfig) -> str:
     if isinstance(node.config, stages.Sample):
-        return f"{_answers(node, splits):,} answers"
+        return f"{answers(node, splits):,} answers"
     if isinstance(node.config, stages.Score):
-        return f"{_answers(node.inputs['responses'], splits) * node.config.ask.samples:,} critiques"
+        return f"{answers(node.inputs['responses'], splits) * node.config.ask.samples:,} critiques"
     train = getattr(node.config, "train", None)
     return f"{train.epochs:g} epochs" if isinstance(train, TrainConfig) else ""
 
 
-def _answers(node: Node, splits: SplitsConfig) -> int:
+def answers(node: Node, splits: SplitsConfig) -> int:
+    """How many a `stages.Sample` gives."""
     config: stages.Sample = node.config
     size: int = getattr(splits, config.split.value)
     return min(size, config.limit or size) * config.sampling.n
