@@ -111,9 +111,9 @@ def test_every_training_has_the_models_lora_or_its_own() -> None:
     words = ("model=local", "model.path=x", "model.sft={lr:1e-3,epochs:1}", "model.lora.rank=8")
     run = compose(*words, "critic.train.lora={rank:4}", "dpo.train.lora={rank:0}")
     trains = (run.model.sft, run.critic.train, run.rft.train, run.dpo.train)
-    assert [t and t.lora and t.lora.rank for t in trains] == [8, 4, 8, None]
+    assert [t and t.lora and t.lora.rank for t in trains] == [8, 4, 8, 0]
     tiny = compose("model.lora.rank=8")
-    assert tiny.model.sft is not None and tiny.model.sft.lora is None and tiny.rft.train.lora is not None
+    assert [t and t.lora and t.lora.rank for t in (tiny.model.sft, tiny.rft.train)] == [0, 8]
 
 
 # ---- SmolLM2 -------------------------------------------------------------------------------------------

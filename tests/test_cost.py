@@ -1,10 +1,11 @@
 """FLOPs by hand, and how a plan's estimate follows from the settings."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from runs import compose
+from runs import completed, compose
 from selfcritique import cost
 from selfcritique.config import ShapeConfig
 from selfcritique.cost import Cost, describe, estimate, forward_flops
@@ -86,3 +87,9 @@ def test_a_checkpoint_that_is_here_says_its_own_shape(tmp_path_factory: pytest.T
         SHAPE, layers=28, hidden_size=3584, intermediate_size=18944, heads=28, kv_heads=4, vocabulary=152064
     )
     assert cost.shape_of(compose()) is None
+
+
+def test_plan_says_what_a_run_costs(tmp_path: Path) -> None:
+    """Of the paper's setting with data that needs no network; the checkpoint is not here either."""
+    planned = completed(tmp_path, *PAPER)
+    assert "GPU-hours of an H100" in " ".join(planned.stdout.split())

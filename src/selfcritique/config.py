@@ -714,8 +714,8 @@ class RunConfig:
             )
         for train in (self.model.sft, self.critic.train, self.rft.train, self.dpo.train):
             if train is not None:
-                lora = train.lora or self.model.lora
-                train.lora = lora if lora.rank and (train is not self.model.sft or self.model.path) else None
+                from_scratch = train is self.model.sft and not self.model.path
+                train.lora = LoraConfig() if from_scratch else train.lora or self.model.lora
 
 
 def register() -> None:
