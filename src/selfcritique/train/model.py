@@ -9,7 +9,7 @@ import peft
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from selfcritique.artifacts import write_json
@@ -50,9 +50,10 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32, quantize: bool = 
 def dequantise(gguf: Path, out: Path) -> None:
     """A plain fp32 checkpoint in `out`, tokenizer and chat template with it, of a GGUF file."""
     where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    del model.config.quantization_config  # says how the file is stored; these weights are plain
-    model.save_pretrained(out)
+    plain = GgufConfig(dequantize=True)
+    AutoModelForCausalLM.from_pretrained(
+        **where, dtype=torch.float32, quantization_config=plain
+    ).save_pretrained(out)
     AutoTokenizer.from_pretrained(**where).save_pretrained(out)
 
 
