@@ -108,12 +108,13 @@ def test_only_chatglm3_names_remote_code() -> None:
 
 def test_every_training_has_the_models_lora_or_its_own() -> None:
     """SFT of a checkpoint too; the tiny base, made from scratch, never; rank 0 is none."""
-    words = ("model=local", "model.path=x", "model.sft={lr:1e-3,epochs:1}", "model.lora.rank=8")
-    run = compose(*words, "critic.train.lora={rank:4}", "dpo.train.lora={rank:0}")
+    own = ("critic.train.lora.rank=4", "dpo.train.lora.rank=0")
+    run = compose("experiment=smollm2", "model.lora.rank=8", *own)
     trains = (run.model.sft, run.critic.train, run.rft.train, run.dpo.train)
-    assert [t and t.lora and t.lora.rank for t in trains] == [8, 4, 8, 0]
+    assert [t and t.lora.rank for t in trains] == [8, 4, 8, 0]
+    assert run.rft.train.lora.targets == run.model.lora.targets != run.critic.train.lora.targets == []
     tiny = compose("model.lora.rank=8")
-    assert [t and t.lora and t.lora.rank for t in (tiny.model.sft, tiny.rft.train)] == [0, 8]
+    assert [t and t.lora.rank for t in (tiny.model.sft, tiny.rft.train)] == [0, 8]
 
 
 # ---- SmolLM2 -------------------------------------------------------------------------------------------

@@ -149,7 +149,7 @@ class Schedule(StrEnum):
 class LoraConfig:
     """Low-rank updates (arXiv 2106.09685), trained in place of the weights."""
 
-    rank: int = 0  # 0: all weights are trained
+    rank: int | None = None  # 0: all weights are trained; null: all settings are those of model.lora
     alpha: int = 32  # the update is scaled by alpha / rank
     dropout: float = 0.0
     targets: list[str] = field(default_factory=list)  # names of layers; empty: all linear ones but the head
@@ -158,10 +158,10 @@ class LoraConfig:
     def __post_init__(self) -> None:
         check(
             self,
-            rank=self.rank < 0 and "at least 0 (0: all weights are trained)",
+            rank=(self.rank or 0) < 0 and "at least 0 (0: all weights are trained)",
             alpha=self.alpha < 1 and "at least 1",
             dropout=not 0 <= self.dropout < 1 and "at least 0 and below 1",
-            quantize=self.quantize and not self.rank and "false with rank 0",
+            quantize=self.quantize and not self.rank and "false without a rank",
         )
 
 
@@ -178,7 +178,7 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     grad_clip: float = 1.0
-    lora: LoraConfig | None = None  # null: as model.lora; rank 0: none
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         if pending(self):
@@ -291,7 +291,7 @@ class ModelConfig:
     path: str = ""  # folder, OWNER/NAME[@REVISION] of the hub, or GGUF file (checkpoints.py)
     tiny: TinyConfig = field(default_factory=TinyConfig)
     sft: TrainConfig | None = None  # SFT on the reference solutions of base_train; null: as it is
-    lora: LoraConfig = field(default_factory=LoraConfig)  # of every training that has none of its own
+    lora: LoraConfig = field(default_factory=LoraConfig)  # of every training whose own rank is null
     prompts: PromptStyle = PromptStyle.instruct
     shape: ShapeConfig | None = None  # for plans, where the checkpoint is not here
     trust_remote_code: bool = False  # whether the checkpoint's own code may run
@@ -714,8 +714,10 @@ class RunConfig:
             )
         for train in (self.model.sft, self.critic.train, self.rft.train, self.dpo.train):
             if train is not None:
-                from_scratch = train is self.model.sft and not self.model.path
-                train.lora = LoraConfig() if from_scratch else train.lora or self.model.lora
+                if train is self.model.sft and not self.model.path:
+                    train.lora = LoraConfig(rank=0)
+                elif train.lora.rank is None:
+                    train.lora = self.model.lora
 
 
 def register() -> None:

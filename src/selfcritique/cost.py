@@ -79,7 +79,7 @@ def _costs(run: RunConfig, node: Node, shape: ShapeConfig) -> Iterator[Cost]:
         return Cost(node.name, kind, tokens, flops)
 
     def train(settings: TrainConfig, sequences: float, prompt: float, response: float) -> Cost:
-        passes = (2 if settings.lora and settings.lora.rank else 3) + run.trainer.gradient_checkpointing
+        passes = (2 if settings.lora.rank else 3) + run.trainer.gradient_checkpointing
         return cost("trained", settings.epochs * sequences, prompt, response, passes)
 
     def sample(sequences: float, prompt: float, response: float) -> Cost:
