@@ -37,13 +37,13 @@ def costs_of(*words: str) -> dict[tuple[str, str], Cost]:
 
 def test_tokens_of_the_paper() -> None:
     """6,000 questions of 150 tokens and 8 answers of half of 512 each; every answer critiqued after question,
-    reference and response; half of them trained on, three times, with one of the base's solutions."""
+    reference and response; half of them trained on, three times."""
     found = costs_of()
     assert found["pool_rft", "read"].tokens == 6000 * 150
     assert found["pool_rft", "sampled"].tokens == 6000 * 8 * 256
     assert found["scores_rft", "read"].tokens == 48_000 * (150 + 150 + 2 * 256)
     assert found["scores_rft", "sampled"].tokens == 48_000 * 256
-    assert found["rft", "trained"].tokens == 3 * (24_000 + 1) * (150 + 256)
+    assert found["rft", "trained"].tokens == 3 * 24_000 * (150 + 256)
     assert found["critic", "trained"].tokens == 2 * 8000 * 1.5 * (812 + 256)
     assert found["reference", "read"].tokens == found["dpo", "trained"].tokens == 2000 * (150 + 512)
     names = [name for name, _ in found]

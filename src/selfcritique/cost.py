@@ -47,7 +47,8 @@ def shape_of(run: RunConfig) -> ShapeConfig | None:
             if all(name in found for name in names):
                 sizes = [int(found[name]) for name in names]
                 groups = int(found.get("num_key_value_heads") or sizes[-1])
-                return ShapeConfig(*sizes, groups, int(found["vocab_size"]), int(found.get("head_dim") or 0))
+                sizes += [groups, int(found["vocab_size"]), int(found.get("head_dim") or 0)]
+                return ShapeConfig(*sizes)
     return run.model.shape
 
 
@@ -102,22 +103,24 @@ def _costs(run: RunConfig, node: Node, shape: ShapeConfig) -> Iterator[Cost]:
         source = node.inputs["examples"]
         if "responses" in source.inputs and isinstance(source.config, stages.CriticData):
             pool, data = source.inputs["responses"], source.config.data
-            n = answers(pool, run.data.splits) * (1 + data.corruptions)
-            n = min(n, data.max_examples or n)
+            marked = answers(pool, run.data.splits) * (1 + data.corruptions)
+            n = min(marked, data.max_examples or marked)
             yield train(config.train, n, _critique_prompt(run, pool), LENGTH * run.critic.ask.max_tokens)
         else:
             pools = [pool for role, pool in source.inputs.items() if role.startswith("responses")]
-            n = sum(YIELD * answers(pool, run.data.splits) for pool in pools)
-            n += run.data.splits.base_train * (run.rft.mix if pools else 1)
-            yield train(config.train, n, QUESTION, LENGTH * run.rft.sampling.max_tokens)
+            accepted = YIELD * sum(answers(pool, run.data.splits) for pool in pools)
+            copies = 1.0 if not pools else run.rft.mix if "original" in source.inputs else 0.0
+            examples = accepted + copies * run.data.splits.base_train
+            yield train(config.train, examples, QUESTION, LENGTH * run.rft.sampling.max_tokens)
     elif isinstance(config, stages.ReferenceLogps | stages.Dpo):
         pool = node.inputs["responses"]
-        n = YIELD * answers(pool, run.data.splits) / pool.config.sampling.n * run.pairs.build.max_per_question
+        questions = answers(pool, run.data.splits) / pool.config.sampling.n
+        pairs = YIELD * questions * run.pairs.build.max_per_question
         both = 2 * LENGTH * pool.config.sampling.max_tokens
         if isinstance(config, stages.Dpo):
-            yield train(config.train, n, QUESTION, both)
+            yield train(config.train, pairs, QUESTION, both)
         else:
-            yield cost("read", n, QUESTION, both)
+            yield cost("read", pairs, QUESTION, both)
 
 
 def _critique_prompt(run: RunConfig, responses: Node) -> float:

@@ -122,7 +122,8 @@ def problem_of(row: object, source: Source, where: str) -> Problem:
     if source is Source.math:
         level = str(row.get("level", "")).removeprefix("Level ")
         names = {"question": "problem", "reference": "solution", "subject": "type"}
-        row = {name: row.get(theirs) for name, theirs in names.items()} | {"difficulty": level}
+        row = {**{name: row.get(theirs) for name, theirs in names.items()}, "difficulty": level}
+    difficulty = str(row.get("difficulty", 0))
     question, reference = row.get("question"), row.get("reference") or ""
     if not isinstance(question, str) or not question.strip():
         raise UserError(f"{where}: `question` is missing or empty.")
@@ -141,5 +142,5 @@ def problem_of(row: object, source: Source, where: str) -> Problem:
         answer=answer,
         source=source.value if source is not Source.jsonl else str(row.get("source", "jsonl")),
         subject=str(row.get("subject", "")),
-        difficulty=int(row.get("difficulty", 0)) if str(row.get("difficulty", 0)).isdigit() else 0,
+        difficulty=int(difficulty) if difficulty.isdigit() else 0,
     )

@@ -49,16 +49,16 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32, quantize: bool = 
 
 def dequantise(gguf: Path, out: Path) -> None:
     """A plain fp32 checkpoint in `out`, tokenizer and chat template with it, of a GGUF file."""
-    where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    plain = GgufConfig(dequantize=True)
-    AutoModelForCausalLM.from_pretrained(
-        **where, dtype=torch.float32, quantization_config=plain
-    ).save_pretrained(out)
+    where: Any = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    unpacked = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, quantization_config=unpacked)
+    model.save_pretrained(out)
     AutoTokenizer.from_pretrained(**where).save_pretrained(out)
 
 
 def add_adapter(model: Any, lora: LoraConfig) -> None:
     """Freeze the weights and put trainable low-rank updates beside them, zero at first, in place."""
+    assert lora.rank
     config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
