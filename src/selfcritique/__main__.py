@@ -144,9 +144,13 @@ def _run(run: Any, out: Path) -> None:
     console = Console(width=max(100, Console().width))
     graph, store = build(run), Store(Path(run.store))
     if run.plan:
+        from selfcritique import cost
         from selfcritique.report import show_plan
 
         show_plan(plan(graph, store, run.until), console)
+        shape = cost.shape_of(run)
+        if shape is not None:
+            console.print(cost.describe(cost.estimate(graph, shape, run.until)))
         return
     from selfcritique import report, results, sections
     from selfcritique.tracker import Tracking

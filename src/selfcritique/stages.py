@@ -19,6 +19,7 @@ from typing import Any
 import polars as pl
 
 from selfcritique.artifacts import Artifact, Journal, write_json
+from selfcritique.checkpoints import has_code, plain_checkpoint
 from selfcritique.config import (
     AnnotatorConfig,
     AskConfig,
@@ -255,7 +256,7 @@ def load_encoder(model: Path) -> Any:
 
     from selfcritique.prompts import PromptEncoder
 
-    return PromptEncoder(AutoTokenizer.from_pretrained(model))
+    return PromptEncoder(AutoTokenizer.from_pretrained(model, trust_remote_code=has_code(model)))
 
 
 def _prompt(content: str) -> Prompt:
@@ -295,15 +296,30 @@ def tiny_base(config: TinyBase, inputs: Inputs, out: Path, progress: Progress) -
 
 @dataclass
 class Checkpoint:
-    digest: str  # of the folder's files: the key must not name a path
+    digest: str  # of the folder's or file's content, or a commit: the key must not name a path
+    remote_code: bool  # whether the model's own code comes along, and by that may run
     path: Path = field(default=Path(), metadata={"key": False})
 
 
 def checkpoint(config: Checkpoint, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
-    """A user's own checkpoint as an artifact: links, not copies."""
+    """A given checkpoint as an artifact: links, not copies; of a GGUF file, its weights de-quantised."""
+    if config.path.suffix == ".gguf":
+        from selfcritique.train.model import dequantise
+
+        dequantise(config.path, out)
+        return {}
     for file in sorted(config.path.iterdir()):
-        if file.is_file():
+        if file.is_file() and (config.remote_code or file.suffix != ".py"):
             (out / file.name).symlink_to(file.resolve())
+    about = json.loads((out / "config.json").read_text()) if (out / "config.json").exists() else {}
+    if "AutoModelForCausalLM" in about.get("auto_map", {}) and not config.remote_code:
+        from transformers import CONFIG_MAPPING
+
+        if about.get("model_type") not in CONFIG_MAPPING:
+            raise UserError(
+                f"The checkpoint {config.path} runs code of its own ({about['auto_map']}). Read it, and if "
+                "you trust it set model.trust_remote_code=true."
+            )
     return {}
 
 
@@ -357,6 +373,7 @@ def token_pairs(style: PromptStyle, inputs: Inputs) -> list[Any]:
 class ReferenceLogps:
     trainer: TrainerConfig
     style: PromptStyle
+    quantize: bool  # as the policy that starts from it
 
 
 def reference_logps(config: ReferenceLogps, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
@@ -364,7 +381,7 @@ def reference_logps(config: ReferenceLogps, inputs: Inputs, out: Path, progress:
     from selfcritique.train import fit
 
     pairs = token_pairs(config.style, inputs)
-    logps = fit.reference_logps(config.trainer, inputs["model"].path, pairs, progress)
+    logps = fit.reference_logps(config.trainer, inputs["model"].path, pairs, progress, config.quantize)
     logps.save(out / "reference.safetensors")
     return {"pairs": len(pairs)}
 
@@ -397,7 +414,7 @@ def dpo(config: Dpo, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
 def open_engine(config: EngineConfig, model: Path) -> Iterator[Any]:
     from selfcritique.engine.hf import HfEngine
 
-    with HfEngine(model, config.max_batch_tokens, config.dtype, config.device) as engine:
+    with HfEngine(plain_checkpoint(model), config.max_batch_tokens, config.dtype, config.device) as engine:
         yield engine
 
 
