@@ -134,6 +134,7 @@ def critic_card(config: CardConfig, ready: Mapping[str, Artifact]) -> tuple[dict
         raise UserError("critic-card wants set=FOLDER, a labelled set, where critic= is a checkpoint.")
     texts = {"problems": problems, "responses": responses}
     card: dict[str, Any] = {"critic": config.critic, "set": config.set or "critic_dev"}
+    card["checkpoints"] = {"critic": str(critic.path)}
     card |= {"too_long": responses.metrics.get("too_long", 0), "readings": {}, "probes": {}, "artifacts": {}}
     fooling = None
     if config.probes:
@@ -199,7 +200,7 @@ def show(card: Mapping[str, Any], console: Console) -> None:
     table = _table(title, "", *readings)
     for name, path in MEASURES.items():
         unit = 1000 if name.startswith("ms") else 1
-        table.add_row(name, *(_decimal(_at(reading, path), unit) for reading in readings.values()))
+        table.add_row(name, *(_decimal(at(reading, path), unit) for reading in readings.values()))
     for name, rate in card["probes"].get(first, {}).items():
         rates = (card["probes"][reading].get(name, {}) for reading in readings)
         table.add_row(f"{name} scores ≥ {rate['bound']:g}", *(_decimal(rate.get("value")) for rate in rates))
@@ -223,7 +224,8 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _at(reading: Mapping[str, Any], path: Sequence[str]) -> float | None:
+def at(reading: Mapping[str, Any], path: Sequence[str]) -> float | None:
+    """A figure of MEASURES, None where the reading has none."""
     value: Any = reading
     for name in path:
         value = (value or {}).get(name)

@@ -4,6 +4,7 @@ import base64
 import csv
 import gzip
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -113,12 +114,14 @@ def _cell(cell: Cell) -> str:
 
 
 def shown(cell: Cell) -> str:
-    """A cell as text: four digits; an interval with one decimal."""
+    """A cell as text: four digits; an interval with the decimals that its width leaves, at least one."""
     match cell:
         case None:
             return "–"
         case Interval():
-            return f"{cell.value:.1f} [{cell.low:.1f}, {cell.high:.1f}]"
+            width = cell.high - cell.low
+            digits = max(1, 1 - math.floor(math.log10(width))) if width > 0 else 1
+            return f"{cell.value:.{digits}f} [{cell.low:.{digits}f}, {cell.high:.{digits}f}]"
         case float():
             return f"{cell:.4g}"
         case int():
