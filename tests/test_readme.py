@@ -15,7 +15,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from runs import TINY, Finished, completed, compose, run
+from runs import TINY, Finished, compose, run
 from selfcritique.results import load_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,15 +80,6 @@ def places(tmp_path_factory: pytest.TempPathFactory, smoke: Finished) -> dict[st
         "GSM8K": str(GSM8K),
         "FOLDER": str(folder),
     }
-
-
-@pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which a demo, and a sweep of two points, have run: what the pages take for granted."""
-    folder = tmp_path_factory.mktemp("started")
-    completed(folder, *TINY, "name=demo")
-    completed(folder, "-m", *TINY, "name=grid", "dpo.loss.beta=0.5,1")
-    return folder
 
 
 def standing(folder: Path) -> dict[str, str]:

@@ -74,10 +74,10 @@ def svg(figure: Figure) -> str:
 
 
 def save(figure: Figure, folder: Path) -> None:
-    """NAME.svg and NAME.png, black on nothing and black on white."""
+    """NAME.svg and NAME.png, black on white."""
     with _style(PAPER):
         canvas = _canvas(figure)
-        canvas.savefig(folder / f"{figure.name}.svg", metadata={"Date": None})
+        canvas.savefig(folder / f"{figure.name}.svg", metadata={"Date": None}, facecolor="white")
         canvas.savefig(folder / f"{figure.name}.png", dpi=200, facecolor="white")
 
 

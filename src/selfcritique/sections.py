@@ -119,14 +119,14 @@ def critic(run: Run) -> Section | None:
 
 def probes(run: Run) -> Section | None:
     """The last `critic-card` of this run's critic: each way of reading, floors, and what fools it."""
-    from selfcritique.card import MEASURES, at
+    from selfcritique.card import MEASURES, measure_of
 
     cards = measured(run, "card.json")
     if not cards:
         return None
     card = cards[-1]
     readings, first = card["readings"], next(iter(card["readings"]))
-    rows = [[name, *(at(reading, path) for reading in readings.values())] for name, path in MEASURES.items()]
+    rows = [[name, *(measure_of(reading, name) for reading in readings.values())] for name in MEASURES]
     parts: list[Part] = [Table("readings", f"{card['set']}, {readings[first]['n']:,} responses.",
                                ["", *readings], rows)]  # fmt: skip
     fooled = {probe: [percent(found.get(probe)) for found in card["probes"].values()]
@@ -178,7 +178,7 @@ def evaluations(run: Run) -> Section | None:
     if not rows:
         return None
     columns = ["set", "metric", "model", "value", "failed", "difference", "p (Holm)", "against"]
-    caption = "`evaluate`, 95 % intervals; differences in points, of 10, or nats per token."
+    caption = "By `selfcritique evaluate`, 95 % intervals; differences in points, of 10, or nats per token."
     parts: list[Part] = [Table("evaluations", caption, columns, rows)]
     if subjects:
         by = list(dict.fromkeys(name for found in subjects.values() for name in found))
