@@ -107,16 +107,15 @@ def load_runs(*patterns: str, store: Path | str = "") -> list[Run]:
 def measured(run: Run, file: str) -> list[dict[str, Any]]:
     """Each critic card (card.json) and evaluation (evaluate.json) near the run's folder that measured one of
     its models, oldest first; `of` holds its label for each model of this run."""
-    made = {name: run.trained(name) for name in run.summary["models"]}
-    made |= {name: run.artifacts[name] for name in ("critic",) if name in run.artifacts}
+    paths = sorted({path for up in run.out.resolve().parents[1:3] for path in up.glob(f"*/*/{file}")})
+    made = {name: run.trained(name) for name in run.summary["models"]} if paths else {}
+    made |= {name: artifact for name, artifact in run.artifacts.items() if name == "critic"}
     names = {(artifact.stage, artifact.key): name for name, artifact in made.items()}
     found = []
-    for path in sorted({path for up in run.out.resolve().parents[1:3] for path in up.glob(f"*/*/{file}")}):
+    for path in paths:
         whole = json.loads(path.read_text())
-        known = {
-            label: names.get(Path(folder).parts[-2:])
-            for label, folder in whole.get("checkpoints", {}).items()
-        }
+        places = {label: Path(folder) for label, folder in whole.get("checkpoints", {}).items()}
+        known = {label: names.get((place.parent.name, place.name)) for label, place in places.items()}
         if any(known.values()):
             found.append(whole | {"of": {name: label for label, name in known.items() if name}})
     return found

@@ -6,7 +6,7 @@ whatever they return.
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -26,11 +26,26 @@ STEPS = ({"loss"}, {"dpo_loss", "sft_loss"}, {"rewards_margin"}, {"rewards_accur
          {"chosen_logps_drift", "rejected_logps_drift"})  # fmt: skip
 
 
-def percent(found: Mapping[str, Any] | None, value: str = "value") -> Interval | None:
-    """A share with its interval, as percent."""
-    if not found or found[value] is None:
+def interval(
+    found: Mapping[str, Any] | None, value: str = "value", unit: Callable[[float], float] = float
+) -> Interval | None:
+    """An estimate of a summary in another unit, None where there is none."""
+    if not found or found[value] is None or found["low"] is None:
         return None
-    return Interval(100 * found[value], 100 * found["low"], 100 * found["high"], found["n"])
+    return Interval(unit(found[value]), unit(found["low"]), unit(found["high"]), found["n"])
+
+
+def percent(found: Mapping[str, Any] | None, value: str = "value") -> Interval | None:
+    return interval(found, value, hundredfold)
+
+
+def hundredfold(share: float) -> float:
+    return 100 * share
+
+
+def _difference(row: Mapping[str, Any]) -> Interval | None:
+    """Of a comparison: in points, of 10, or nats per token."""
+    return interval(row, "delta", hundredfold if row["metric"] == "accuracy" else float)
 
 
 def results(run: Run) -> Section | None:
@@ -165,14 +180,10 @@ def evaluations(run: Run) -> Section | None:
     subjects: dict[str, dict[str, Cell]] = {}
     for (kind, metric, name), (row, against) in _evaluated(run).items():
         shown, unit, _ = METRICS.get(metric, (metric, float, 2))
-        known = row["value"] is not None and row["low"] is not None
-        value = Interval(*(unit(row[k]) for k in ("value", "low", "high")), row["n"]) if known else None
-        cells: list[Cell] = [None, None]
+        cells: list[Cell] = [None, None, ""]
         if against:
-            scale = 100 if metric == "accuracy" else 1
-            delta = (scale * against[k] for k in ("delta", "low", "high"))
-            cells = [Interval(*delta, against["n"]), against["p_adjusted"]]
-        rows.append([kind, shown, name, value, row["failed"], *cells, against["b"] if against else ""])
+            cells = [_difference(against), against["p_adjusted"], against["b"]]
+        rows.append([kind, shown, name, interval(row, unit=unit), row["failed"], *cells])
         for subject, found in row["details"].get("by_subject", {}).items():
             subjects.setdefault(subject, {})[f"{name}, {metric}"] = found["value"]
     if not rows:
@@ -265,16 +276,15 @@ def retention(runs: Sequence[Run]) -> Section | None:
                   if row["b"] == "base" and row["metric"] == "accuracy"}  # fmt: skip
         for (kind, metric, name), (_, row) in _evaluated(run).items():
             gain = gained.get(name)
-            if row and gain and kind not in GAINED and row["b"] == "base":
-                unit = 100 if metric == "accuracy" else 1
-                kept = Interval(*(unit * row[k] for k in ("delta", "low", "high")), row["n"])
+            kept = row and row["b"] == "base" and _difference(row)
+            if gain and kept and kind not in GAINED:
                 label = name if len(runs) == 1 else f"{run.out.name} {name}"
                 gains.setdefault((kind, metric), []).append((label, gain, kept))
     parts: list[Part] = []
     for (kind, metric), marks in gains.items():
-        unit = {"accuracy": "points", "nll": "nats per token, less is better"}.get(metric, "of 10")
+        what = {"accuracy": "points", "nll": "nats per token, less is better"}.get(metric, "of 10")
         caption = f"{kind}, {metric}: change against accuracy gained, both − base."
-        columns = ["model", "gained, points", f"{kind}, {unit}"]
+        columns = ["model", "gained, points", f"{kind}, {what}"]
         chart = crosses(columns[1], columns[2], marks)
         parts += [Figure(f"retention_{kind}", caption, chart),
                   Table(f"retention_{kind}", caption, columns, marks)]  # fmt: skip
@@ -369,7 +379,7 @@ def lambda_beta(runs: Sequence[Run]) -> Section | None:
     )
     parts: list[Part] = [Table("lambda_beta", caption, columns, rows)]
     if len(names) == 2 and all(isinstance(value, int | float) for cell in cells for value in cell):
-        parts.append(Figure("lambda_beta", caption, heat_map(*labels, values, marked)))
+        parts.append(Figure("lambda_beta", caption, heat_map(labels[0], labels[1], values, marked)))
     return Section(" × ".join(labels), parts)
 
 
