@@ -94,10 +94,10 @@ def _section(section: Section) -> str:
 
 def _figure(figure: Figure) -> str:
     wide = f' class="wide" style="min-width:{90 * figure.size[0]:.0f}px"' if figure.size[0] > 6 else ""
+    reached = ' tabindex="0"' if wide else ""  # by the keyboard, to scroll
     drawn = svg(figure).replace("<svg", f'<svg{wide} role="img" aria-label="{escape(figure.caption)}"', 1)
-    return (
-        f'<figure><div class="scroll">{drawn}</div><figcaption>{escape(figure.caption)}</figcaption></figure>'
-    )
+    caption = f"<figcaption>{escape(figure.caption)}</figcaption>"
+    return f'<figure><div class="scroll"{reached}>{drawn}</div>{caption}</figure>'
 
 
 def _table(table: Table) -> str:
