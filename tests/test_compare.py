@@ -6,7 +6,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from selfcritique.compare import differences, load_models, markdown
+from runs import Finished
+from selfcritique.compare import changes, differences, load_models, markdown
 from selfcritique.errors import UserError
 
 
@@ -54,6 +55,24 @@ def test_differences_over_seeds(root: Path) -> None:
     table = markdown(models)
     assert "| base | 50.0 [" in table and table.count("| rft@other |") == 1
     assert "| rft − base | +25.0 [" in table and "| +100.0 % |" in table
+
+
+def test_answers_that_differ(smoke: Finished) -> None:
+    models = {m.name: m for m in load_models([str(smoke.out)], smoke.store)}
+    right, texts = {}, {}
+    for name in ("base", "rft"):
+        answers = pl.read_parquet(smoke.artifact(f"test_{name}") / "responses.parquet")
+        right[name] = set(answers.filter(verdict="correct")["problem_id"])
+        texts[name] = dict(answers.select("problem_id", "text").iter_rows())
+    head, *shown = changes([models["base"], models["rft"]], 1000)
+    gained, lost = right["rft"] - right["base"], right["base"] - right["rft"]
+    assert head == f"rft − base, seed 0: {len(gained)} right only by rft, {len(lost)} only by base"
+    assert len(shown) == 3 * len(gained | lost) and gained | lost
+    for problem in gained:
+        assert f"  rft, correct: {texts['rft'][problem]}" in shown
+    for problem in lost:
+        assert f"  base, correct: {texts['base'][problem]}" in shown
+    assert len(list(changes([models["base"], models["rft"]], 1))) == 1 + 3 * (bool(gained) + bool(lost))
 
 
 def test_what_cannot_be_compared_is_said(root: Path) -> None:

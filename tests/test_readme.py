@@ -1,25 +1,53 @@
-"""Every command of README.md and of experiments/*/run.sh runs, in order, at the size of a few seconds."""
+"""Every command of README.md, docs/ and experiments/*/run.sh runs, in order, at the size of a few seconds;
+what wants a GPU, a server or a cluster is planned."""
 
+import ast
 import csv
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from runs import TINY, Finished, compose, run
+from selfcritique.results import load_run
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = [
+    "README.md",
+    "experiments/demo/run.sh",
+    "docs/report.md",
+    "docs/scaling.md",
+    "docs/your_model_and_data.md",
+]
+# What wants a GPU, a server or a cluster is planned; the rest runs.
+PLANNED = {"trainer=gpu", "engine=openai", "engine=ray", "engine=vllm", "hydra/launcher=slurm_gpu"}
+ADDED = {"evaluate": ["max_tokens=8"], "critic-card": ["probes=2"]}  # a tiny context, a short wait
+MAKE = ("make demo", "make test", "make setup-vllm")  # the recipes are checked below
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
 
 
 def commands(path: Path) -> list[list[str]]:
-    """The words of each `selfcritique` line, comments gone."""
-    lines = re.findall(r"^selfcritique (.*)$", path.read_text(), re.MULTILINE)
-    return [shlex.split(line, comments=True) for line in lines]
+    """The words of each `selfcritique` line of a script, or of a page's bash blocks, comments gone."""
+    text = path.read_text()
+    blocks = (
+        re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL) if path.suffix == ".md" else [text]
+    )
+    lines = [line for block in blocks for line in block.splitlines() if line]
+    found = [shlex.split(line, comments=True) for line in lines if line.startswith("selfcritique ")]
+    if path.suffix == ".md":
+        known = [line for line in lines if line.startswith(("selfcritique ", *MAKE))]
+        assert known == lines, "a command that no test knows"
+        assert len(found) == len(re.findall("^selfcritique ", text, re.MULTILINE)), (
+            "one outside of a bash block"
+        )
+    return [words[1:] for words in found]
 
 
 def small(word: str, places: dict[str, str]) -> list[str]:
@@ -29,12 +57,14 @@ def small(word: str, places: dict[str, str]) -> list[str]:
         return [*TINY, f"name={word.partition('=')[2]}", *by]
     if word == "rft.select.threshold=9":  # which no critic of this size gives
         return ["rft.select.threshold=2"]
-    name, equals, value = word.rpartition("=")
-    return [f"{name}{equals}{places.get(value, value)}"]
+    for name, place in places.items():
+        word = re.sub(rf"(?<![\w/]){name}(?!\w)", place, word)
+    return [word]
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory, smoke: Finished) -> dict[str, str]:
+    """What a placeholder stands for."""
     folder = tmp_path_factory.mktemp("user")
     rows = [
         {"question": f"Tom has {i} pens and buys 3 more. How many has he?", "reference": f"#### {i + 3}"}
@@ -52,6 +82,14 @@ def places(tmp_path_factory: pytest.TempPathFactory, smoke: Finished) -> dict[st
     }
 
 
+def standing(folder: Path) -> dict[str, str]:
+    """The last run of each experiment for outputs/NAME/TIME, and one of its responses."""
+    runs = sorted(folder.glob("outputs/*/*/lineage.json"), key=lambda path: path.stat().st_mtime)
+    pool = next(folder.glob("store/sample/*/responses.parquet"))
+    found = {f"outputs/{path.parts[-3]}/TIME": str(path.parent.relative_to(folder)) for path in runs}
+    return found | {"RESPONSE_ID": str(pl.read_parquet(pool)["response_id"][0])}
+
+
 def mark(folder: Path, names: list[str]) -> None:
     """Two annotators who give the exported responses 4 and 7 in turn."""
     rows = list(csv.DictReader((folder / "sheet.csv").open(encoding="utf-8-sig", newline="")))
@@ -62,21 +100,17 @@ def mark(folder: Path, names: list[str]) -> None:
             sheet.writerows(row | {"score": 4 + 3 * (i % 2)} for i, row in enumerate(rows))
 
 
-@pytest.mark.parametrize("page", ["README.md", "experiments/demo/run.sh"])
-def test_commands(page: str, places: dict[str, str], tmp_path: Path) -> None:
-    found = commands(ROOT / page)
-    assert len(found) >= 5
-    for words in found:
+@pytest.mark.parametrize("page", PAGES)
+def test_commands(page: str, places: dict[str, str], started: Path) -> None:
+    for words in commands(ROOT / page):
         if words[:2] == ["annotate", "import"]:
-            mark(tmp_path, ["anna.csv", "ben.csv"])
-        done = ["", *sorted(str(path.parent) for path in tmp_path.glob("outputs/demo/*/lineage.json"))]
-        named = places | {"outputs/demo/TIME": done[-1]}
-        given = [part for word in words for part in small(word, named)]
-        if words[0] == "evaluate":  # the tiny model's context holds no long answers
-            given += ["max_tokens=8"]
-        finished = run(tmp_path, *given)
+            mark(started, ["anna.csv", "ben.csv"])
+        given = [part for word in words for part in small(word, places | standing(started))]
+        given += ADDED.get(words[0], [])
+        given += ["plan=true"] if PLANNED & set(words) else []
+        finished = run(started, *given)
         assert finished.code == 0, (words, finished.stderr[-2000:])
-        if "plan=true" in words:
+        if "plan=true" in given:
             assert "stages would run" in finished.stdout
         elif words[0] == "compare":
             assert "| base | " in finished.stdout and "difference, points" in finished.stdout
@@ -84,6 +118,63 @@ def test_commands(page: str, places: dict[str, str], tmp_path: Path) -> None:
             assert "| gsm8k | accuracy, % | " in finished.stdout
         elif words[:2] == ["annotate", "import"]:
             assert "| anna.csv – ben.csv | 8 | 1.000 | 1.000 | 1.000 | 0.000 |" in finished.stdout
+
+
+def patched(page: str, folder: Path) -> dict[str, str]:
+    """The environment of the sources with the page's changes; each hunk is found by its lines alone."""
+    shutil.copytree(ROOT / "src", folder / "src")
+    (folder / "conf").symlink_to(ROOT / "conf")
+    (block,) = re.findall(r"^```diff\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    for file, hunks in re.findall(r"^\+\+\+ b/(.*)\n((?:[@ +].*\n)+)", block, re.MULTILINE):
+        text = (folder / file).read_text()
+        for hunk in re.split(r"^@@.*\n", hunks, flags=re.MULTILINE)[1:]:
+            before, after = (
+                "".join(line[1:] for line in hunk.splitlines(keepends=True) if line[0] != sign)
+                for sign in "+-"
+            )
+            assert text.count(before) == 1, before
+            text = text.replace(before, after)
+        (folder / file).write_text(text)
+    return os.environ | {"PYTHONPATH": str(folder / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def test_the_worked_example(places: dict[str, str], started: Path, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "extending.md").read_text()
+    environment = patched(page, tmp_path)
+    (example,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (change,) = re.findall(r"^```diff\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(change.splitlines()) < 30
+    subprocess.run([sys.executable, "-c", example], env=environment, check=True)
+    for words in commands(ROOT / "docs" / "extending.md"):
+        given = [part for word in words for part in small(word, places)]
+        command = [sys.executable, "-m", "selfcritique", *given]
+        subprocess.run(command, cwd=started, env=environment, check=True, stdout=subprocess.DEVNULL)
+    (selected,) = (load_run(path.parent, started / "store").path("select", "selected.parquet")
+                   for path in started.glob("outputs/mine/*/lineage.json"))  # fmt: skip
+    kept = pl.read_parquet(selected).filter("selected")
+    assert kept.height and kept.select("problem_id", "n_tokens").is_unique().all()
+
+
+def test_messages_of_the_troubleshooting_page_are_real() -> None:
+    """… stands for what a message fills in."""
+    known = []
+    for path in sorted((ROOT / "src").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = (p.value if isinstance(p, ast.Constant) else "…" for p in node.values)
+                known.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                known.append(node.value)
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    quoted = re.findall(r"^> (.*)$", page, re.MULTILINE)
+    assert len(quoted) > 15
+    assert not [message for message in quoted if not any(message in text for text in known)]
+
+
+def test_every_page_is_known() -> None:
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    with_commands = {str(page.relative_to(ROOT)) for page in pages if commands(page)}
+    assert with_commands == {*PAGES, "docs/extending.md"} - {"experiments/demo/run.sh"}
 
 
 def test_make_runs_what_the_readme_says() -> None:

@@ -166,6 +166,77 @@ def test_samples_hold_what_was_decided(html: str, smoke: Finished) -> None:
         assert [(c["text"], c["score"]) for c in sample["critiques"]] == critiques[row["response_id"]]
 
 
+@pytest.fixture(scope="module")
+def beside(smoke: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the smoke run whose critic and models were measured afterwards."""
+    folder = tmp_path_factory.mktemp("beside")
+    shutil.copytree(smoke.store, folder / "store", symlinks=True)
+    shutil.copytree(smoke.out, folder / "outputs" / "smoke" / "run")
+    (folder / "texts.jsonl").write_text(json.dumps({"text": "Tom has 4 pens and buys 3 more. " * 60}) + "\n")
+    models = ",".join(f"outputs/smoke/run/{name}" for name in ("base", "rft", "dpo"))
+    completed(folder, "critic-card", "critic=outputs/smoke/run", "modes=[logit]", "probes=4")
+    completed(folder, "evaluate", f"model=[{models}]", "sets=[text]", "paths.text=texts.jsonl", "window=32")
+    completed(folder, "report", "run=outputs/smoke/run")
+    return folder
+
+
+def test_what_was_measured_afterwards_follows_from_its_rows(beside: Path) -> None:
+    html = (beside / "outputs" / "smoke" / "run" / "report.html").read_text()
+    (card,) = beside.glob("outputs/critic_card/*/scores.parquet")
+    read = defaultdict(list)
+    for row in rows(card):
+        read[row["reading"]].append(row)
+    (shown,) = (row for row in table(html, "readings") if row[""] == "balanced accuracy")
+    assert list(shown)[1:] == list(read)
+    for reading, answers in read.items():
+        recall: dict[bool, list[bool]] = {True: [], False: []}
+        for a in answers:
+            truth = a["verdict"] == "correct"
+            recall[truth].append(a["score"] is not None and (a["score"] >= 6) == truth)
+        close(shown[reading], (fmean(recall[True]) + fmean(recall[False])) / 2)
+
+    bounds = {row["probe"]: float(row["bound"]) for row in table(html, "probes")}
+    found = []
+    for path in [*beside.glob("store/score/*/scored.parquet"), *beside.glob("store/floor/*/scored.parquet")]:
+        scored = pl.read_parquet(path)
+        if "probe" in scored.columns:
+            tried = {name: scored.filter(probe=name)["score"].to_list() for name in bounds}
+            found.append([100 * fmean((s or 0) >= bounds[p] for s in tried[p]) for p in bounds])
+    columns = [[numbers(row[reading])[0] for row in table(html, "probes")] for reading in read]
+    assert not [column for column in columns if not any(column == pytest.approx(f, abs=0.051) for f in found)]
+
+    (values,) = beside.glob("outputs/evaluate/*/values.parquet")
+    nll = {(a["model"], a["problem_id"]): a["value"] for a in rows(values) if a["metric"] == "nll"}
+    for row in table(html, "evaluations"):
+        if row["metric"] == "perplexity":
+            own = fmean(value for (model, _), value in nll.items() if model == row["model"])
+            assert numbers(row["value"])[0] == pytest.approx(math.exp(own), rel=2e-2)
+    windows = {window for _, window in nll}
+    retained = {row["model"]: row for row in table(html, "retention_text")}
+    assert list(retained) == ["rft", "dpo"]
+    gained = {
+        row["comparison"]: row["points"] for row in table(html, "comparisons") if row["metric"] == "accuracy"
+    }
+    for model, row in retained.items():
+        delta = fmean(nll[model, w] - nll["base", w] for w in windows)
+        (shown_delta,) = (cell for name, cell in row.items() if name.startswith("text"))
+        assert numbers(shown_delta)[0] == pytest.approx(delta, rel=0.1, abs=1e-3)
+        assert row["gained, points"] == gained[f"{model} − base"]
+
+
+def test_a_sweep_ends_with_a_report(started: Path) -> None:
+    (path,) = started.glob("outputs/grid/*/report.html")
+    html = path.read_text()
+    assert re.findall(r"<h2>(.*?)</h2>", html)[:2] == ["λ × β", "Runs"]
+    for row in table(html, "runs"):
+        run = load_run(path.parent / row["run"], started / "store")
+        right = [a["verdict"] == "correct" for a in rows(run.path("eval_dpo", "eval.parquet"))]
+        close(row["dpo"], *wilson(sum(right), len(right)))
+        assert float(row["β"]) == run.config["dpo"]["loss"]["beta"]
+        assert (path.parent / row["run"] / "report.html").is_file()
+    assert [row["run"] for row in table(html, "runs")] == ["0", "1"]
+
+
 def test_a_run_that_stops_early_leaves_sections_out(smoke: Finished, tmp_path: Path) -> None:
     stopped = completed(tmp_path, *SMOKE, f"store={smoke.store}", "until=problems", "logger=none")
     html = (stopped.out / "report.html").read_text()
@@ -485,7 +556,8 @@ def point(root: Path, number: int, beta: float, seed: int, answers: str) -> Path
         lambda at: pl.DataFrame(rows).write_parquet(at / "eval.parquet") or {},
     )
     accuracy = {"value": answers.count("y") / len(answers), "low": 0.0, "high": 1.0, "n": len(answers)}
-    summary = {"experiment": "grid", "seed": seed, "models": {"dpo": {"accuracy": accuracy}}}
+    summary = {"experiment": "grid", "seed": seed, "models": {"dpo": {"accuracy": accuracy}}, "cached": {},
+               "comparisons": [], "diagnosis": [], "wall_s": {"total": 1.0}}  # fmt: skip
     (out / "summary.json").write_text(json.dumps(summary))
     (out / "lineage.json").write_text(json.dumps({"eval_dpo": {"stage": "evaluate", "key": made.key}}))
     (out / "config.yaml").write_text(f"store: {root / 'store'}\ndpo: {{loss: {{lam: 1.0, beta: {beta}}}}}\n")

@@ -20,7 +20,7 @@ HELP = """selfcritique: the Self-Critique pipeline for mathematical reasoning
   selfcritique experiment=demo dpo.loss.lam=0.5 seed=1     change any setting
   selfcritique -m experiment=demo seed=0,1,2               sweep; the points share their stages
   selfcritique store ls|gc|pin KEY|unpin KEY [--store DIR] [--all] the artifacts and their disk
-  selfcritique compare 'runs=[outputs/demo/*]' [metric=maj@4]   seeds and experiments side by side
+  selfcritique compare 'runs=[outputs/demo/*]' [metric=maj@4] [diffs=3]  side by side; differing answers
   selfcritique critic-card critic=RUN [set=FOLDER]   a critic by itself: how good, how slow, how easily fooled
   selfcritique evaluate 'model=[FOLDER,...]' 'sets=[gsm8k,mmlu,...]'  checkpoints on evaluation sets
   selfcritique report [run=DIR|'runs=[...]'] [export=DIR]       report.html again; figures and tables as files
@@ -34,12 +34,14 @@ Settings: conf/, documented in src/selfcritique/config.py. Groups: {groups}.
 Experiments: {experiments}.
 """
 _failed: list[str] = []  # points of this process that stopped with an error
+_sweeps: dict[str, None] = {}  # folders of sweeps that had points in this process
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; exits non-zero if anything failed."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     _failed.clear()
+    _sweeps.clear()
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # progress is ours
     try:
         if not words or words[0] in ("-h", "--help", "help"):
@@ -92,6 +94,8 @@ def _hydra(words: list[str]) -> None:
                 words = [*words, f"hydra.run.dir={nowhere}", f"hydra.sweep.dir={nowhere}"]
             sys.argv = ["selfcritique", *words]
             hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(_point)()
+            for folder in _sweeps:
+                _report_sweep(Path(folder))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error)) from None
     except YAMLError as error:  # names the file and the line
@@ -120,6 +124,7 @@ def _explain(error: BaseException) -> str:
 def _point(composed: Any) -> None:
     """One run or sweep point. Its errors are said and remembered, so that the other points go on."""
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
     from selfcritique.config import to_run_config
 
@@ -129,9 +134,19 @@ def _point(composed: Any) -> None:
         cores = len(os.sched_getaffinity(0))
         jobs = max(1, int(hydra_config.launcher.get("n_jobs") or 1))
         os.environ["OMP_NUM_THREADS"] = str(run.threads or max(1, cores // jobs))  # before torch is imported
+        if hydra_config.mode is RunMode.MULTIRUN and not run.plan:
+            _sweeps[hydra_config.sweep.dir] = None
         _run(run, Path(hydra_config.runtime.output_dir))
     except UserError as error:
         _failed.append(_say(error))
+
+
+def _report_sweep(folder: Path) -> None:
+    from selfcritique.results import load_runs
+    from selfcritique.sections import write_report
+
+    if any(folder.glob("*/summary.json")):
+        print(f"Report of the sweep: {write_report(load_runs(f'{folder}/*'))}")
 
 
 def _run(run: Any, out: Path) -> None:
@@ -144,9 +159,13 @@ def _run(run: Any, out: Path) -> None:
     console = Console(width=max(100, Console().width))
     graph, store = build(run), Store(Path(run.store))
     if run.plan:
+        from selfcritique import cost
         from selfcritique.report import show_plan
 
         show_plan(plan(graph, store, run.until), console)
+        shape = cost.shape_of(run)
+        if shape is not None:
+            console.print(cost.describe(cost.estimate(graph, shape, run.until)))
         return
     from selfcritique import report, results, sections
     from selfcritique.tracker import Tracking
@@ -188,11 +207,15 @@ def _listed(value: str) -> list[str]:
 
 
 def _compare(words: list[str]) -> None:
-    given = _given("compare", words, ("runs",), ("metric", "store"))
-    from selfcritique.compare import load_models, markdown
+    given = _given("compare", words, ("runs",), ("metric", "diffs", "store"))
+    if not given.get("diffs", "0").isdecimal():
+        raise UserError(f"compare: diffs is how many problems to show; found {given['diffs']}.")
+    from selfcritique.compare import changes, load_models, markdown
 
     models = load_models(_listed(given["runs"]), Path(given.get("store", "store")))
     print(markdown(models, given.get("metric", "accuracy")))
+    if "diffs" in given:
+        print("", *changes(models, int(given["diffs"])), sep="\n")
 
 
 def _annotate(words: list[str]) -> None:

@@ -134,6 +134,7 @@ def critic_card(config: CardConfig, ready: Mapping[str, Artifact]) -> tuple[dict
         raise UserError("critic-card wants set=FOLDER, a labelled set, where critic= is a checkpoint.")
     texts = {"problems": problems, "responses": responses}
     card: dict[str, Any] = {"critic": config.critic, "set": config.set or "critic_dev"}
+    card["checkpoints"] = {"critic": str(critic.path)}
     card |= {"too_long": responses.metrics.get("too_long", 0), "readings": {}, "probes": {}, "artifacts": {}}
     fooling = None
     if config.probes:
@@ -197,9 +198,8 @@ def show(card: Mapping[str, Any], console: Console) -> None:
     n, right = (readings[first][name] for name in ("n", "n_correct"))
     title = f"{card['set']}: {n:,} responses, {right:,} right, {card['too_long']:,} too long to read"
     table = _table(title, "", *readings)
-    for name, path in MEASURES.items():
-        unit = 1000 if name.startswith("ms") else 1
-        table.add_row(name, *(_decimal(_at(reading, path), unit) for reading in readings.values()))
+    for name in MEASURES:
+        table.add_row(name, *(_decimal(measure_of(reading, name)) for reading in readings.values()))
     for name, rate in card["probes"].get(first, {}).items():
         rates = (card["probes"][reading].get(name, {}) for reading in readings)
         table.add_row(f"{name} scores ≥ {rate['bound']:g}", *(_decimal(rate.get("value")) for rate in rates))
@@ -223,12 +223,15 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _at(reading: Mapping[str, Any], path: Sequence[str]) -> float | None:
+def measure_of(reading: Mapping[str, Any], measure: str) -> float | None:
+    """A figure of MEASURES, None where the reading has none."""
     value: Any = reading
-    for name in path:
+    for name in MEASURES[measure]:
         value = (value or {}).get(name)
-    return None if value is None else float(value)
+    if value is None:
+        return None
+    return float(value) * (1000 if measure.startswith("ms") else 1)
 
 
-def _decimal(value: float | None, unit: float = 1) -> str:
-    return "" if value is None else f"{unit * value:.3f}".rstrip("0").rstrip(".")
+def _decimal(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}".rstrip("0").rstrip(".")

@@ -13,6 +13,7 @@ from typing import Any
 
 import polars as pl
 
+from selfcritique.artifacts import MANIFEST
 from selfcritique.errors import UserError
 from selfcritique.evaluate import adjust, compare_models, compare_seeds, measure
 
@@ -26,6 +27,7 @@ class Model:
     name: str
     keys: dict[int, str] = field(default_factory=dict)
     rows: dict[int, pl.DataFrame] = field(default_factory=dict)
+    paths: dict[int, Path] = field(default_factory=dict)
 
 
 def load_models(patterns: Sequence[str], store: Path) -> list[Model]:
@@ -53,7 +55,7 @@ def load_models(patterns: Sequence[str], store: Path) -> list[Model]:
                 raise UserError(
                     f"{folder}: its evaluation {path} is gone; run it again or name its store (store=...)."
                 )
-            model.keys[seed], model.rows[seed] = key, pl.read_parquet(path)
+            model.keys[seed], model.rows[seed], model.paths[seed] = key, pl.read_parquet(path), path.parent
     return list(models.values())
 
 
@@ -69,14 +71,46 @@ def folders(patterns: Sequence[str]) -> Iterator[Path]:
 def differences(models: Sequence[Model], metric: str) -> list[dict[str, Any]]:
     """Every later model against those of AGAINST, over the seeds both have; one Holm-adjusted family."""
     rows = []
-    for i, b in enumerate(models):
-        for a in models[i + 1 :]:
-            seeds = sorted(set(a.rows) & set(b.rows))
-            if b.name in AGAINST and seeds:
-                over = compare_seeds([a.rows[s] for s in seeds], [b.rows[s] for s in seeds], metric)
-                each = {s: compare_models(a.rows[s], b.rows[s], metric, s) for s in seeds}
-                rows.append({**over, "a": a.name, "b": b.name, "each": each})
+    for a, b, seeds in _compared(models):
+        over = compare_seeds([a.rows[s] for s in seeds], [b.rows[s] for s in seeds], metric)
+        each = {s: compare_models(a.rows[s], b.rows[s], metric, s) for s in seeds}
+        rows.append({**over, "a": a.name, "b": b.name, "each": each})
     return adjust(rows)
+
+
+def _compared(models: Sequence[Model]) -> Iterator[tuple[Model, Model, list[int]]]:
+    """The pairs to compare and the seeds that both have."""
+    for i, b in enumerate(models):
+        for a in models[i + 1 :] if b.name in AGAINST else ():
+            if seeds := sorted(a.rows.keys() & b.rows.keys()):
+                yield a, b, seeds
+
+
+def changes(models: Sequence[Model], most: int) -> Iterator[str]:
+    """Per pair and seed the problems that only one answers right (greedily): how many, and `most` of each."""
+    for a, b, seeds in _compared(models):
+        for seed in seeds:
+            both = _answers(a, seed).join(_answers(b, seed), on="problem_id", suffix="_b").sort("problem_id")
+            right, right_b = pl.col("verdict") == "correct", pl.col("verdict_b") == "correct"
+            gained, lost = both.filter(right & ~right_b), both.filter(~right & right_b)
+            yield (f"{a.name} − {b.name}, seed {seed}: {gained.height} right only by {a.name}, "
+                   f"{lost.height} only by {b.name}")  # fmt: skip
+            for row in pl.concat([gained.head(most), lost.head(most)]).iter_rows(named=True):
+                yield f"\n{row['question']}\nReference answer: {row['gold']}"
+                yield f"  {a.name}, {row['verdict']}: {row['text']}"
+                yield f"  {b.name}, {row['verdict_b']}: {row['text_b']}"
+
+
+def _answers(model: Model, seed: int) -> pl.DataFrame:
+    """problem_id, question, gold, verdict and text of the greedy answers."""
+    made_from = json.loads((model.paths[seed] / MANIFEST).read_text())["inputs"]
+    store = model.paths[seed].parents[1]
+    places = {role: store / source["stage"] / source["key"] for role, source in made_from.items()}
+    asked = pl.read_parquet(places["problems"] / "problems.parquet").unique("problem_id")
+    texts = pl.read_parquet(places["greedy"] / "responses.parquet")
+    return texts.select("problem_id", "verdict", "text").join(
+        asked.select("problem_id", "question", gold="answer"), on="problem_id"
+    )
 
 
 def markdown(models: Sequence[Model], metric: str = "accuracy") -> str:

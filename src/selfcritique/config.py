@@ -45,6 +45,7 @@ def _content(default: str) -> Any:
 class Source(StrEnum):
     word_problems = "word_problems"  # generated (data/word_problems.py)
     gsm8k = "gsm8k"  # path: folder with train.jsonl and test.jsonl, or empty for the hub
+    math = "math"  # as gsm8k; rows have problem, solution, type and level
     jsonl = "jsonl"  # path: file with question, reference, optional answer and subject
 
 
@@ -149,7 +150,7 @@ class Schedule(StrEnum):
 class LoraConfig:
     """Low-rank updates (arXiv 2106.09685), trained in place of the weights."""
 
-    rank: int = 0  # 0: all weights are trained
+    rank: int | None = None  # 0: all weights are trained; null: all settings are those of model.lora
     alpha: int = 32  # the update is scaled by alpha / rank
     dropout: float = 0.0
     targets: list[str] = field(default_factory=list)  # names of layers; empty: all linear ones but the head
@@ -158,10 +159,10 @@ class LoraConfig:
     def __post_init__(self) -> None:
         check(
             self,
-            rank=self.rank < 0 and "at least 0 (0: all weights are trained)",
+            rank=(self.rank or 0) < 0 and "at least 0 (0: all weights are trained)",
             alpha=self.alpha < 1 and "at least 1",
             dropout=not 0 <= self.dropout < 1 and "at least 0 and below 1",
-            quantize=self.quantize and not self.rank and "false with rank 0",
+            quantize=self.quantize and not self.rank and "false without a rank",
         )
 
 
@@ -178,7 +179,7 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     grad_clip: float = 1.0
-    lora: LoraConfig | None = None  # null: as model.lora; rank 0: none
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         if pending(self):
@@ -272,15 +273,29 @@ class TinyConfig:
 
 
 @dataclass
-class ModelConfig:
-    """Where the base comes from: a checkpoint folder, or (path empty) a tiny model from scratch."""
+class ShapeConfig:
+    """Sizes of a decoder, for the cost estimate of a plan; where the checkpoint is here, its own count."""
 
-    path: str = ""
+    layers: int = MISSING
+    hidden_size: int = MISSING
+    intermediate_size: int = MISSING
+    heads: int = MISSING
+    kv_heads: int = MISSING
+    vocabulary: int = MISSING
+    head_dim: int = 0  # 0: hidden_size / heads
+
+
+@dataclass
+class ModelConfig:
+    """Where the base comes from: a checkpoint, or (path empty) a tiny model from scratch."""
+
+    path: str = ""  # folder, OWNER/NAME[@REVISION] of the hub, or GGUF file (checkpoints.py)
     tiny: TinyConfig = field(default_factory=TinyConfig)
     sft: TrainConfig | None = None  # SFT on the reference solutions of base_train; null: as it is
-    lora: LoraConfig = field(default_factory=LoraConfig)  # of every training that has none of its own
+    lora: LoraConfig = field(default_factory=LoraConfig)  # of every training whose own rank is null
     prompts: PromptStyle = PromptStyle.instruct
-    trust_remote_code: bool = False
+    shape: ShapeConfig | None = None  # for plans, where the checkpoint is not here
+    trust_remote_code: bool = False  # whether the checkpoint's own code may run
 
 
 @dataclass
@@ -711,8 +726,10 @@ class RunConfig:
             )
         for train in (self.model.sft, self.critic.train, self.rft.train, self.dpo.train):
             if train is not None:
-                lora = train.lora or self.model.lora
-                train.lora = lora if lora.rank and (train is not self.model.sft or self.model.path) else None
+                if train is self.model.sft and not self.model.path:
+                    train.lora = LoraConfig(rank=0)
+                elif train.lora.rank is None:
+                    train.lora = self.model.lora
 
 
 def register() -> None:

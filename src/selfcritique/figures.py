@@ -15,6 +15,8 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
+from selfcritique.stats import Interval
+
 PAGE, PAPER = "#010203", "#000000"  # ink; the page's is replaced by currentColor
 COLOURS = ("#3f8fe0", "#e0742b", "#2a9d74", "#d1548a", "#c29200", "#8f7bea", "#7d8790")
 FILLS = ("#2b6cb0", "#5c6670")  # of nodes, with white text: made, reused
@@ -72,10 +74,10 @@ def svg(figure: Figure) -> str:
 
 
 def save(figure: Figure, folder: Path) -> None:
-    """NAME.svg and NAME.png, black on nothing and black on white."""
+    """NAME.svg and NAME.png, black on white."""
     with _style(PAPER):
         canvas = _canvas(figure)
-        canvas.savefig(folder / f"{figure.name}.svg", metadata={"Date": None})
+        canvas.savefig(folder / f"{figure.name}.svg", metadata={"Date": None}, facecolor="white")
         canvas.savefig(folder / f"{figure.name}.png", dpi=200, facecolor="white")
 
 
@@ -120,6 +122,23 @@ def dots(x: str, marks: Sequence[Mark]) -> Callable[[Axes], None]:
         ax.set(xlabel=x, yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.4, -0.6))
         if len(series) > 1:
             ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=min(4, len(series)))
+
+    return draw
+
+
+def crosses(x: str, y: str, marks: Sequence[tuple[str, Interval, Interval]]) -> Callable[[Axes], None]:
+    """A labelled dot with its intervals per mark, over the lines of no change."""
+
+    def draw(ax: Axes) -> None:
+        for number, (label, across, up) in enumerate(marks):
+            colour = COLOURS[number % 7]
+            ax.plot(across.value, up.value, "o", markersize=4, color=colour, label=label)
+            ax.plot([across.low, across.high], [up.value] * 2, color=colour)
+            ax.plot([across.value] * 2, [up.low, up.high], color=colour)
+        ax.axhline(0, color=COLOURS[-1], linewidth=0.8)
+        ax.axvline(0, color=COLOURS[-1], linewidth=0.8)
+        ax.set(xlabel=x, title=y)
+        ax.legend()
 
     return draw
 

@@ -4,6 +4,7 @@ import base64
 import csv
 import gzip
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -93,10 +94,10 @@ def _section(section: Section) -> str:
 
 def _figure(figure: Figure) -> str:
     wide = f' class="wide" style="min-width:{90 * figure.size[0]:.0f}px"' if figure.size[0] > 6 else ""
+    reached = ' tabindex="0"' if wide else ""  # by the keyboard, to scroll
     drawn = svg(figure).replace("<svg", f'<svg{wide} role="img" aria-label="{escape(figure.caption)}"', 1)
-    return (
-        f'<figure><div class="scroll">{drawn}</div><figcaption>{escape(figure.caption)}</figcaption></figure>'
-    )
+    caption = f"<figcaption>{escape(figure.caption)}</figcaption>"
+    return f'<figure><div class="scroll"{reached}>{drawn}</div>{caption}</figure>'
 
 
 def _table(table: Table) -> str:
@@ -113,12 +114,14 @@ def _cell(cell: Cell) -> str:
 
 
 def shown(cell: Cell) -> str:
-    """A cell as text: four digits; an interval with one decimal."""
+    """A cell as text: four digits; an interval with the decimals that its width leaves, at least one."""
     match cell:
         case None:
             return "–"
         case Interval():
-            return f"{cell.value:.1f} [{cell.low:.1f}, {cell.high:.1f}]"
+            width = cell.high - cell.low
+            digits = max(1, 1 - math.floor(math.log10(width))) if width > 0 else 1
+            return f"{cell.value:.{digits}f} [{cell.low:.{digits}f}, {cell.high:.{digits}f}]"
         case float():
             return f"{cell:.4g}"
         case int():

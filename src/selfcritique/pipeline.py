@@ -13,6 +13,7 @@ from typing import Any
 
 from selfcritique import stages
 from selfcritique.artifacts import Artifact, Store, artifact_key
+from selfcritique.checkpoints import find_checkpoint
 from selfcritique.config import (
     Annotator,
     Arm,
@@ -23,7 +24,6 @@ from selfcritique.config import (
     SamplingConfig,
     SplitsConfig,
     TrainConfig,
-    content_digest,
     key_part,
 )
 from selfcritique.data.sources import files
@@ -156,7 +156,10 @@ def build(run: RunConfig) -> Graph:
         raise UserError(f"annotator.path: there is no file {run.annotator.path}; give another one.")
     taught = stages.CriticData(run.critic.data, run.annotator, run.critic.ask.reference, style, 0)
     examples = g.add("critic_data", CRITIC_DATA, taught, problems=problems, responses=pool)
-    start = g.add("critic_start", CHECKPOINT, checkpoint_of(run.critic.model)) if run.critic.model else base
+    start = base
+    if run.critic.model:
+        other = checkpoint_of(run.critic.model, run.model.trust_remote_code, not run.plan)
+        start = g.add("critic_start", CHECKPOINT, other)
     critic = g.add(
         "critic", SFT, stages.Sft(run.critic.train, run.trainer, 0), model=start, examples=examples
     )
@@ -191,8 +194,7 @@ def build(run: RunConfig) -> Graph:
             f"pairs{mark}", PAIRS, stages.Pairs(run.pairs.build, 0), problems=problems, scored=scored
         )
         texts = {"model": rft, "problems": problems, "responses": responses, "pairs": paired}
-        lora = run.dpo.train.lora
-        before = stages.ReferenceLogps(run.trainer, style, lora is not None and lora.quantize)
+        before = stages.ReferenceLogps(run.trainer, style, run.dpo.train.lora.quantize)
         frozen = g.add(f"reference{mark}", REFERENCE, before, **texts)
         merged = stages.Dpo(run.dpo.loss, run.dpo.train, run.trainer, style, 0)
         policy = g.add(f"dpo{mark}", DPO, merged, reference=frozen, **texts)
@@ -206,7 +208,9 @@ def build(run: RunConfig) -> Graph:
 def _base(g: Graph, problems: Node, solutions: Node | None) -> Node:
     run = g.run
     if run.model.path:
-        start = g.add("checkpoint", CHECKPOINT, checkpoint_of(run.model.path))
+        start = g.add(
+            "checkpoint", CHECKPOINT, checkpoint_of(run.model.path, run.model.trust_remote_code, not run.plan)
+        )
         if run.model.sft is None or solutions is None:
             return start
         return g.add("base", SFT, stages.Sft(run.model.sft, run.trainer, 0), model=start, examples=solutions)
@@ -216,15 +220,10 @@ def _base(g: Graph, problems: Node, solutions: Node | None) -> Node:
     return g.add("base", TINY_BASE, config, examples=solutions)
 
 
-def checkpoint_of(path: str) -> stages.Checkpoint:
-    """A checkpoint folder as the config of its stage."""
-    folder = Path(path).expanduser()
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"There is no checkpoint at {folder} (looked for config.json): give a folder with config.json, "
-            "*.safetensors and the tokenizer's files, as save_pretrained writes them."
-        )
-    return stages.Checkpoint(content_digest(path), folder)
+def checkpoint_of(name: str, remote_code: bool = False, download: bool = True) -> stages.Checkpoint:
+    """A checkpoint as the config of its stage."""
+    path, digest = find_checkpoint(name, download)
+    return stages.Checkpoint(digest, remote_code, path)
 
 
 def _evaluation(
@@ -275,14 +274,15 @@ def plan(graph: Graph, store: Store, until: str = "") -> list[PlanRow]:
 
 def _work(node: Node, splits: SplitsConfig) -> str:
     if isinstance(node.config, stages.Sample):
-        return f"{_answers(node, splits):,} answers"
+        return f"{answers(node, splits):,} answers"
     if isinstance(node.config, stages.Score):
-        return f"{_answers(node.inputs['responses'], splits) * node.config.ask.samples:,} critiques"
+        return f"{answers(node.inputs['responses'], splits) * node.config.ask.samples:,} critiques"
     train = getattr(node.config, "train", None)
     return f"{train.epochs:g} epochs" if isinstance(train, TrainConfig) else ""
 
 
-def _answers(node: Node, splits: SplitsConfig) -> int:
+def answers(node: Node, splits: SplitsConfig) -> int:
+    """How many a `stages.Sample` gives."""
     config: stages.Sample = node.config
     size: int = getattr(splits, config.split.value)
     return min(size, config.limit or size) * config.sampling.n

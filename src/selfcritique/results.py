@@ -43,6 +43,13 @@ class Run:
         made_from = self.artifacts[name].manifest["inputs"]
         return {role: self._names[source["key"]] for role, source in made_from.items()}
 
+    def trained(self, model: str) -> Artifact:
+        """The checkpoint of an evaluated model."""
+        if f"eval_{model}" not in self.artifacts:
+            models = ", ".join(self.summary["models"]) or "none"
+            raise UserError(f"{self.out}: there is no evaluated model {model!r}; there are {models}.")
+        return self.artifacts[self.inputs(self.inputs(f"eval_{model}")["greedy"])["model"]]
+
     def path(self, name: str, file: str) -> Path:
         return self.artifacts[name].path / file
 
@@ -95,6 +102,23 @@ def load_run(folder: Path | str = "", store: Path | str = "") -> Run:
 def load_runs(*patterns: str, store: Path | str = "") -> list[Run]:
     """The finished runs whose folders match, by name: the newest of an experiment is last."""
     return [load_run(folder, store) for folder in folders(patterns)]
+
+
+def measured(run: Run, file: str) -> list[dict[str, Any]]:
+    """Each critic card (card.json) and evaluation (evaluate.json) near the run's folder that measured one of
+    its models, oldest first; `of` holds its label for each model of this run."""
+    paths = sorted({path for up in run.out.resolve().parents[1:3] for path in up.glob(f"*/*/{file}")})
+    made = {name: run.trained(name) for name in run.summary["models"]} if paths else {}
+    made |= {name: artifact for name, artifact in run.artifacts.items() if name == "critic"}
+    names = {(artifact.stage, artifact.key): name for name, artifact in made.items()}
+    found = []
+    for path in paths:
+        whole = json.loads(path.read_text())
+        places = {label: Path(folder) for label, folder in whole.get("checkpoints", {}).items()}
+        known = {label: names.get((place.parent.name, place.name)) for label, place in places.items()}
+        if any(known.values()):
+            found.append(whole | {"of": {name: label for label, name in known.items() if name}})
+    return found
 
 
 def problems(run: Run) -> pl.LazyFrame:

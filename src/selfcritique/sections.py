@@ -4,9 +4,9 @@ Another section is one more function in SECTIONS, or in SWEEP for several runs; 
 whatever they return.
 """
 
+import json
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,21 +14,38 @@ from typing import Any
 import polars as pl
 
 from selfcritique.evaluate import adjust, compare_seeds, measure, threshold_curve
-from selfcritique.figures import Figure, bars, curves, dots, graph, heat_map
+from selfcritique.figures import Figure, Mark, bars, crosses, curves, dots, graph, heat_map
 from selfcritique.page import Cell, Part, Section, Table, packed_samples, page, write_files
 from selfcritique.progress import duration
-from selfcritique.results import GROUPS, Run, samples
+from selfcritique.results import GROUPS, Run, measured, samples
 from selfcritique.stats import Interval
+from selfcritique.suite import METRICS
 
+GAINED = ("gsm8k", "math500", "cmath", "gsm_hard", "mathusereval")  # the other sets are what must not be lost
 STEPS = ({"loss"}, {"dpo_loss", "sft_loss"}, {"rewards_margin"}, {"rewards_accuracy"},
          {"chosen_logps_drift", "rejected_logps_drift"})  # fmt: skip
 
 
-def percent(found: Mapping[str, Any] | None, value: str = "value") -> Interval | None:
-    """A share with its interval, as percent."""
-    if not found or found[value] is None:
+def interval(
+    found: Mapping[str, Any] | None, value: str = "value", unit: Callable[[float], float] = float
+) -> Interval | None:
+    """An estimate of a summary in another unit, None where there is none."""
+    if not found or found[value] is None or found["low"] is None:
         return None
-    return Interval(100 * found[value], 100 * found["low"], 100 * found["high"], found["n"])
+    return Interval(unit(found[value]), unit(found["low"]), unit(found["high"]), found["n"])
+
+
+def percent(found: Mapping[str, Any] | None, value: str = "value") -> Interval | None:
+    return interval(found, value, hundredfold)
+
+
+def hundredfold(share: float) -> float:
+    return 100 * share
+
+
+def _difference(row: Mapping[str, Any]) -> Interval | None:
+    """Of a comparison: in points, of 10, or nats per token."""
+    return interval(row, "delta", hundredfold if row["metric"] == "accuracy" else float)
 
 
 def results(run: Run) -> Section | None:
@@ -115,6 +132,72 @@ def critic(run: Run) -> Section | None:
     return Section("Critic", [Table("critic", caption, columns, rows), *parts]) if rows else None
 
 
+def probes(run: Run) -> Section | None:
+    """The last `critic-card` of this run's critic: each way of reading, floors, and what fools it."""
+    from selfcritique.card import MEASURES, measure_of
+
+    cards = measured(run, "card.json")
+    if not cards:
+        return None
+    card = cards[-1]
+    readings, first = card["readings"], next(iter(card["readings"]))
+    rows = [[name, *(measure_of(reading, name) for reading in readings.values())] for name in MEASURES]
+    parts: list[Part] = [Table("readings", f"{card['set']}, {readings[first]['n']:,} responses.",
+                               ["", *readings], rows)]  # fmt: skip
+    fooled = {probe: [percent(found.get(probe)) for found in card["probes"].values()]
+              for probe in card["probes"].get(first, {})}  # fmt: skip
+    if fooled:
+        bounds = {probe: rate["bound"] for probe, rate in card["probes"][first].items()}
+        caption = "How often a response that deserves less reaches the bound, percent."
+        marks = [(probe, first, cells[0].value, cells[0].low, cells[0].high)
+                 for probe, cells in fooled.items() if cells[0]]  # fmt: skip
+        parts += [Figure("probes", f"{caption[:-1]}: {first}.", dots("percent", marks)),
+                  Table("probes", caption, ["probe", "bound", *card["probes"]],
+                        [[probe, bounds[probe], *cells] for probe, cells in fooled.items()])]  # fmt: skip
+    return Section("Critic card and probes", parts)
+
+
+Evaluated = dict[tuple[str, str, str], tuple[Mapping[str, Any], Mapping[str, Any] | None]]
+
+
+def _evaluated(run: Run) -> Evaluated:
+    """(set, metric, model of the run) -> its latest result of `evaluate` and its comparison."""
+    found: Evaluated = {}
+    for whole in measured(run, "evaluate.json"):
+        names = {label: name for name, label in whole["of"].items()}
+        compared = {(row["set"], row["metric"], row["model"]): row for row in whole["comparisons"]}
+        for row in whole["results"]:
+            if row["model"] in names:
+                against = compared.get((row["set"], row["metric"], row["model"]))
+                against = against and against | {"b": names.get(against["b"], against["b"])}
+                found[row["set"], row["metric"], names[row["model"]]] = row, against
+    return found
+
+
+def evaluations(run: Run) -> Section | None:
+    """`evaluate` of this run's models: sets, judge, retention."""
+    rows: list[list[Cell]] = []
+    subjects: dict[str, dict[str, Cell]] = {}
+    for (kind, metric, name), (row, against) in _evaluated(run).items():
+        shown, unit, _ = METRICS.get(metric, (metric, float, 2))
+        cells: list[Cell] = [None, None, ""]
+        if against:
+            cells = [_difference(against), against["p_adjusted"], against["b"]]
+        rows.append([kind, shown, name, interval(row, unit=unit), row["failed"], *cells])
+        for subject, found in row["details"].get("by_subject", {}).items():
+            subjects.setdefault(subject, {})[f"{name}, {metric}"] = found["value"]
+    if not rows:
+        return None
+    columns = ["set", "metric", "model", "value", "failed", "difference", "p (Holm)", "against"]
+    caption = "By `selfcritique evaluate`, 95 % intervals; differences in points, of 10, or nats per token."
+    parts: list[Part] = [Table("evaluations", caption, columns, rows)]
+    if subjects:
+        by = list(dict.fromkeys(name for found in subjects.values() for name in found))
+        cells_of = [[subject, *map(found.get, by)] for subject, found in subjects.items()]
+        parts.append(Table("subjects", "MathUserEval by subject, of 10.", ["subject", *by], cells_of))
+    return Section("Evaluation sets and judge", parts)
+
+
 def thresholds(run: Run) -> Section | None:
     parts: list[Part] = []
     for scored, decided in run.decisions.items():
@@ -185,31 +268,92 @@ def stages(run: Run) -> Section:
     ])  # fmt: skip
 
 
-SECTIONS = (results, diagnosis, groups, training, critic, thresholds, selection, lengths, stages)
-
-
-def accuracies(runs: Sequence[Run]) -> Section:
-    models = list(dict.fromkeys(name for run in runs for name in run.summary["models"]))
-    rows: list[list[Cell]] = []
+def retention(runs: Sequence[Run]) -> Section | None:
+    """What each model keeps of everything else (`evaluate`), against what it gained on the run's own test."""
+    gains: dict[tuple[str, str], list[tuple[str, Interval, Interval]]] = {}
     for run in runs:
-        found = (run.summary["models"].get(name, {}).get("accuracy") for name in models)
-        rows.append([str(run.out), run.summary["seed"], *_loss(run), *map(percent, found)])
-    return Section("Runs", [Table("runs", "Accuracy, percent.", ["run", "seed", "λ", "β", *models], rows)])
+        gained = {row["a"]: percent(row, "delta") for row in run.summary["comparisons"]
+                  if row["b"] == "base" and row["metric"] == "accuracy"}  # fmt: skip
+        for (kind, metric, name), (_, row) in _evaluated(run).items():
+            gain = gained.get(name)
+            kept = row and row["b"] == "base" and _difference(row)
+            if gain and kept and kind not in GAINED:
+                label = name if len(runs) == 1 else f"{run.out.name} {name}"
+                gains.setdefault((kind, metric), []).append((label, gain, kept))
+    parts: list[Part] = []
+    for (kind, metric), marks in gains.items():
+        what = {"accuracy": "points", "nll": "nats per token, less is better"}.get(metric, "of 10")
+        caption = f"{kind}, {metric}: change against accuracy gained, both − base."
+        columns = ["model", "gained, points", f"{kind}, {what}"]
+        chart = crosses(columns[1], columns[2], marks)
+        parts += [Figure(f"retention_{kind}", caption, chart),
+                  Table(f"retention_{kind}", caption, columns, marks)]  # fmt: skip
+    return Section("Retention against gain", parts) if parts else None
 
 
-def _loss(run: Run) -> tuple[float, float]:
-    loss = run.config["dpo"]["loss"]
-    return loss["lam"], loss["beta"]
+def _retention(run: Run) -> Section | None:
+    return retention([run])
+
+
+SECTIONS = (results, diagnosis, groups, evaluations, _retention, training, critic, probes, thresholds,
+            selection, lengths, stages)  # fmt: skip
+
+
+def overview(runs: Sequence[Run]) -> Section:
+    """Each run with the settings that differ, what it reached, made and reused."""
+    names, models = varied(runs), list(dict.fromkeys(name for run in runs for name in run.summary["models"]))
+    rows: list[list[Cell]] = []
+    marks: list[Mark] = []
+    for run in runs:
+        found = {name: percent(model["accuracy"]) for name, model in run.summary["models"].items()}
+        cached = run.summary["cached"]
+        made = f"{len(cached) - sum(cached.values())} of {len(cached)}"
+        setting = [flat(run.config).get(name) for name in names]
+        rows.append([run.out.name, run.summary["seed"], *setting, *map(found.get, models),
+                     made, duration(run.summary["wall_s"]["total"])])  # fmt: skip
+        marks += [(run.out.name, name, x.value, x.low, x.high) for name, x in found.items() if x]
+    columns = ["run", "seed", *map(_symbol, names), *models, "stages made", "time"]
+    caption = "Accuracy, percent, with 95 % intervals. Each run's folder has a report of its own."
+    parts: list[Part] = [Table("runs", caption, columns, rows)]
+    if marks:
+        size = (5.0, 1.2 + 0.2 * len(marks))
+        parts.append(Figure("runs", "Accuracy of every run, 95 % intervals.", dots("percent", marks), size))
+    return Section("Runs", parts)
+
+
+def flat(settings: Any, name: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    if not isinstance(settings, Mapping):
+        return {name: settings if isinstance(settings, int | float | str) else json.dumps(settings)}
+    parts = (flat(value, f"{name}.{key}" if name else key) for key, value in settings.items())
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def varied(runs: Sequence[Run]) -> list[str]:
+    """The settings that differ between the runs, the seed and where things lie apart."""
+    found = [flat(run.config) for run in runs]
+    names = dict.fromkeys(name for settings in found for name in settings)
+    apart = ("seed", "store", "name", "threads", "logger")
+    return [n for n in names if n not in apart and len({settings.get(n) for settings in found}) > 1]
+
+
+def _symbol(setting: str) -> str:
+    return {"dpo.loss.lam": "λ", "dpo.loss.beta": "β"}.get(setting, setting)
 
 
 def lambda_beta(runs: Sequence[Run]) -> Section | None:
-    """Final DPO accuracy per cell; a cell is marked if it is not told from the best (paired, Holm)."""
-    cells: dict[tuple[float, float], dict[int, pl.DataFrame]] = {}
+    """Final accuracy per cell of the settings that differ (λ and β if no others do).
+
+    A cell is marked if it is not told from the best (paired, Holm).
+    """
+    loss = ["dpo.loss.lam", "dpo.loss.beta"]
+    names = loss if set(varied(runs)) <= set(loss) else varied(runs)
+    cells: dict[tuple[Any, ...], dict[int, pl.DataFrame]] = {}
     for run in runs:
-        final = [name for name in run.stages("evaluate") if re.fullmatch(r"eval_dpo(_\d+)?", name)]
-        if final:
-            answers = pl.read_parquet(run.path(final[-1], "eval.parquet"))
-            cells.setdefault(_loss(run), {})[run.summary["seed"]] = answers
+        if models := list(run.summary["models"]):
+            answers = pl.read_parquet(run.path(f"eval_{models[-1]}", "eval.parquet"))
+            settings = flat(run.config)
+            cells.setdefault(tuple(settings.get(n) for n in names), {})[run.summary["seed"]] = answers
     if len(cells) < 2:
         return None
     values = {cell: 100 * fmean(measure(rows, "accuracy")["value"] for rows in seeds.values())
@@ -224,17 +368,26 @@ def lambda_beta(runs: Sequence[Run]) -> Section | None:
     against = dict(zip(found, adjust(list(found.values())), strict=True))
     marked = {best} | {cell for cell, row in against.items() if row["p_adjusted"] >= 0.05}
     rows: list[list[Cell]] = []
-    for cell, value in sorted(values.items()):
+    for cell, value in values.items():
         row = against.get(cell, {})
         same = "yes" if cell in marked else ""
         rows.append([*cell, len(cells[cell]), value, percent(row, "delta"), row.get("p_adjusted"), same])
-    columns = ["λ", "β", "seeds", "accuracy, %", "− best, points", "p (Holm)", "not told from the best"]
-    caption = "Accuracy after DPO, percent. Framed: the best cell and those not told from it (5 %, Holm)."
-    chart = Figure("lambda_beta", caption, heat_map("λ", "β", values, marked))
-    return Section("λ × β", [chart, Table("lambda_beta", caption, columns, rows)])
+    labels = [_symbol(name) for name in names]
+    columns = [*labels, "seeds", "accuracy, %", "− best, points", "p (Holm)", "not told from the best"]
+    caption = (
+        "Accuracy of the last model, percent. Framed: the best cell and those not told from it (5 %, Holm)."
+    )
+    parts: list[Part] = [Table("lambda_beta", caption, columns, rows)]
+    if len(names) == 2 and all(isinstance(value, int | float) for cell in cells for value in cell):
+        parts.append(Figure("lambda_beta", caption, heat_map(labels[0], labels[1], values, marked)))
+    return Section(" × ".join(labels), parts)
 
 
-SWEEP = (lambda_beta, accuracies)
+def diagnoses(runs: Sequence[Run]) -> Section:
+    return Section("Diagnosis", [f"{run.out.name}: {line}" for run in runs for line in diagnosis(run).parts])
+
+
+SWEEP = (lambda_beta, overview, retention, diagnoses)
 
 
 def write_report(runs: Sequence[Run], export: Path | None = None) -> Path:

@@ -19,7 +19,7 @@ from typing import Any
 import polars as pl
 
 from selfcritique.artifacts import Artifact, Journal, write_json
-from selfcritique.checkpoints import plain_checkpoint
+from selfcritique.checkpoints import has_code, plain_checkpoint
 from selfcritique.config import (
     AnnotatorConfig,
     AskConfig,
@@ -257,7 +257,7 @@ def load_encoder(model: Path) -> Any:
 
     from selfcritique.prompts import PromptEncoder
 
-    return PromptEncoder(AutoTokenizer.from_pretrained(model))
+    return PromptEncoder(AutoTokenizer.from_pretrained(model, trust_remote_code=has_code(model)))
 
 
 def _prompt(content: str) -> Prompt:
@@ -297,15 +297,30 @@ def tiny_base(config: TinyBase, inputs: Inputs, out: Path, progress: Progress) -
 
 @dataclass
 class Checkpoint:
-    digest: str  # of the folder's files: the key must not name a path
+    digest: str  # of the folder's or file's content, or a commit: the key must not name a path
+    remote_code: bool  # whether the model's own code comes along, and by that may run
     path: Path = field(default=Path(), metadata={"key": False})
 
 
 def checkpoint(config: Checkpoint, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
-    """A user's own checkpoint as an artifact: links, not copies."""
+    """A given checkpoint as an artifact: links, not copies; of a GGUF file, its weights de-quantised."""
+    if config.path.suffix == ".gguf":
+        from selfcritique.train.model import dequantise
+
+        dequantise(config.path, out)
+        return {}
     for file in sorted(config.path.iterdir()):
-        if file.is_file():
+        if file.is_file() and (config.remote_code or file.suffix != ".py"):
             (out / file.name).symlink_to(file.resolve())
+    about = json.loads((out / "config.json").read_text()) if (out / "config.json").exists() else {}
+    if "AutoModelForCausalLM" in about.get("auto_map", {}) and not config.remote_code:
+        from transformers import CONFIG_MAPPING
+
+        if about.get("model_type") not in CONFIG_MAPPING:
+            raise UserError(
+                f"The checkpoint {config.path} runs code of its own ({about['auto_map']}). Read it, and if "
+                "you trust it set model.trust_remote_code=true."
+            )
     return {}
 
 

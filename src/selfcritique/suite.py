@@ -8,7 +8,7 @@ stratum), from which all intervals and paired comparisons follow alike.
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -34,6 +34,7 @@ from selfcritique.evaluate import (
 from selfcritique.pipeline import CHECKPOINT, SAMPLE, Stage, checkpoint_of, run_stage
 from selfcritique.progress import Progress
 from selfcritique.records import Split
+from selfcritique.results import load_run
 from selfcritique.stages import Sample
 
 LOAD_SET = Stage(set_stages.load_set, 1)
@@ -148,13 +149,25 @@ def labels(paths: Sequence[str]) -> list[str]:
     return [os.path.relpath(path, shared) for path in absolute]
 
 
+def checkpoint_folder(path: str) -> str:
+    """Of a checkpoint as it is named: its folder, or RUN/NAME, a model of a run."""
+    run = Path(path).parent
+    if not (run / "lineage.json").is_file():
+        return path
+    return str(load_run(run).trained(Path(path).name).path)
+
+
 def evaluate(config: SuiteConfig) -> tuple[Result, pl.DataFrame]:
     """The summary (`results`, `comparisons`, `artifacts`) and every value it rests on."""
-    suite, names = Suite(config), labels(config.model)
-    models = {
-        n: suite.make(n, CHECKPOINT, checkpoint_of(p)) for n, p in zip(names, config.model, strict=True)
-    }
-    base, results, comparisons, tables = names[0], list[Result](), list[Result](), list[pl.DataFrame]()
+    suite = Suite(config)
+    folders = dict(zip(labels(config.model), map(checkpoint_folder, config.model), strict=True))
+    models = {name: suite.make(name, CHECKPOINT, checkpoint_of(path)) for name, path in folders.items()}
+    base, results, comparisons, tables = (
+        next(iter(models)),
+        list[Result](),
+        list[Result](),
+        list[pl.DataFrame](),
+    )
     for name in config.sets:
         problems, of_base = suite.load(name), dict[str, Measured]()
         for label, model in models.items():
@@ -172,6 +185,7 @@ def evaluate(config: SuiteConfig) -> tuple[Result, pl.DataFrame]:
     summary = {
         "base": base,
         "config": key_part(config),
+        "checkpoints": folders,
         "results": results,
         "comparisons": [{k: v for k, v in row.items() if k != "sentence"} for row in adjust(comparisons)],
         "artifacts": suite.artifacts,
@@ -207,7 +221,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
         c = against.get((row["set"], row["metric"], row["model"]))
         cells = [
             row["set"],
-            _METRICS.get(row["metric"], row["metric"]),
+            METRICS.get(row["metric"], (row["metric"],))[0],
             row["model"],
             _shown(row),
             str(row["n"]),
@@ -217,14 +231,17 @@ def markdown(summary: Mapping[str, Any]) -> str:
     return "\n".join([markdown_table(head, rows), *(["", *_leaderboard(judged)] if judged else [])])
 
 
-_METRICS = {"accuracy": "accuracy, %", "nll": "perplexity", "kl": "KL(base ‖ model), nats/token"}
+METRICS: dict[str, tuple[str, Callable[[float], float], int]] = {  # shown as, unit, digits
+    "accuracy": ("accuracy, %", lambda share: 100 * share, 1),
+    "nll": ("perplexity", math.exp, 2),
+    "kl": ("KL(base ‖ model), nats/token", float, 4),
+}
 
 
 def _shown(row: Mapping[str, Any]) -> str:
     if row["value"] is None:
         return "–"
-    change = {"accuracy": lambda x: 100 * x, "nll": math.exp}.get(row["metric"], float)
-    digits = {"accuracy": 1, "kl": 4}.get(row["metric"], 2)
+    _, change, digits = METRICS.get(row["metric"], ("", float, 2))
     cells = ("–" if row[k] is None else f"{change(row[k]):.{digits}f}" for k in ("value", "low", "high"))
     return "{} [{}, {}]".format(*cells)
 

@@ -11,6 +11,7 @@ import pytest
 
 from selfcritique import stages
 from selfcritique.config import DataConfig, Source, SourceConfig, SplitsConfig
+from selfcritique.data.sources import problem_of
 from selfcritique.data.splits import build_splits, normalise
 from selfcritique.errors import UserError
 from selfcritique.progress import Progress
@@ -211,3 +212,11 @@ def test_a_test_file_with_fewer_questions_is_said(tmp_path: Path, capsys: pytest
     settings = stages.Problems(config(source, test=1320))
     assert stages.problems(settings, {}, tmp_path, Progress("problems"))["splits"]["test"] == 1319
     assert "the test file has 1319 questions, fewer than data.splits.test=1320" in capsys.readouterr().err
+
+
+def test_rows_of_math() -> None:
+    """Fields by their names there; the answer is the last box of the solution."""
+    row = {"problem": "x + 1 = 4?", "level": "Level 3", "type": "Algebra", "solution": r"So $x = \boxed{3}$."}
+    found = problem_of(row, Source.math, "here")
+    assert (found.question, found.answer, found.subject) == ("x + 1 = 4?", "3", "Algebra")
+    assert (found.source, found.difficulty) == ("math", 3)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from selfcritique.config import LoraConfig
 from selfcritique.train import model as model_module
 from selfcritique.train.batch import TokenBatch, collate
 from selfcritique.train.meter import Meter, matmul_peak, step_flops
-from selfcritique.train.model import checkpoint_layers, load_model, token_logps
+from selfcritique.train.model import add_adapter, checkpoint_layers, load_model, token_logps
 
 BATCHES = {
     "padded": collate([([1, 7, 8, 30], [5, 9, 9, 41, 2]), ([1, 3], [2])], 0),
@@ -21,8 +22,9 @@ BATCHES = {
 @pytest.mark.parametrize("family", ["llama_dir", "gpt2_dir"])
 @pytest.mark.parametrize("recomputes", [False, True])
 @pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)])
 def test_flops_are_those_executed(
-    name: str, family: str, recomputes: bool, chunked: bool,
+    name: str, family: str, recomputes: bool, chunked: bool, lora: LoraConfig | None,
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """PyTorch counts the products of weights. It does not know the attention kernel, which is added by hand:
@@ -30,6 +32,8 @@ def test_flops_are_those_executed(
     if chunked:
         monkeypatch.setattr(model_module, "CHUNK_LOGITS", 3 * 50)
     batch, model = BATCHES[name], load_model(request.getfixturevalue(family))
+    if lora:
+        add_adapter(model, lora)
     if recomputes:
         checkpoint_layers(model)
     with FlopCounterMode(display=False) as counter:

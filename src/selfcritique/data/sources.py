@@ -11,7 +11,7 @@ from selfcritique.data import word_problems
 from selfcritique.errors import UserError
 from selfcritique.records import Problem
 
-HUB = {Source.gsm8k: ("openai/gsm8k", "main")}
+HUB = {Source.gsm8k: ("openai/gsm8k", "main"), Source.math: ("DigitalLearningGmbH/MATH-lighteval", "default")}
 
 
 def streams(config: SourceConfig, seed: int) -> tuple[Iterator[Problem], Iterator[Problem]]:
@@ -119,6 +119,11 @@ def problem_of(row: object, source: Source, where: str) -> Problem:
         )
     if source is Source.gsm8k:
         row = {**row, "reference": row.get("answer"), "answer": None}
+    if source is Source.math:
+        level = str(row.get("level", "")).removeprefix("Level ")
+        names = {"question": "problem", "reference": "solution", "subject": "type"}
+        row = {**{name: row.get(theirs) for name, theirs in names.items()}, "difficulty": level}
+    difficulty = str(row.get("difficulty", 0))
     question, reference = row.get("question"), row.get("reference") or ""
     if not isinstance(question, str) or not question.strip():
         raise UserError(f"{where}: `question` is missing or empty.")
@@ -137,5 +142,5 @@ def problem_of(row: object, source: Source, where: str) -> Problem:
         answer=answer,
         source=source.value if source is not Source.jsonl else str(row.get("source", "jsonl")),
         subject=str(row.get("subject", "")),
-        difficulty=int(row.get("difficulty", 0)) if str(row.get("difficulty", 0)).isdigit() else 0,
+        difficulty=int(difficulty) if difficulty.isdigit() else 0,
     )

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from selfcritique.checkpoints import has_code
 from selfcritique.engine.base import (
     BatchResult,
     Completion,
@@ -48,9 +49,8 @@ class HfEngine:
         max_batch_tokens: int,
         dtype: str = "float32",
         device: str = "cpu",
-        trust_remote_code: bool = False,
     ) -> None:
-        options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        options: dict[str, Any] = {"trust_remote_code": has_code(Path(model_dir))}
         try:
             self.encoder = PromptEncoder(AutoTokenizer.from_pretrained(model_dir, **options))
             model: Any = AutoModelForCausalLM.from_pretrained(

@@ -313,10 +313,10 @@ def _dtype(trainer: TrainerConfig) -> torch.dtype:
     return torch.float64 if trainer.precision is Precision.fp64 else torch.float32
 
 
-def _load(lora: LoraConfig | None, trainer: TrainerConfig, model_dir: Path) -> Any:
+def _load(lora: LoraConfig, trainer: TrainerConfig, model_dir: Path) -> Any:
     """What is trained, at its start."""
-    model = load_model(model_dir, _dtype(trainer), lora is not None and lora.quantize)
-    if lora is not None and lora.rank:
+    model = load_model(model_dir, _dtype(trainer), lora.quantize)
+    if lora.rank:
         add_adapter(model, lora)
     return model
 
@@ -404,7 +404,7 @@ def _write_rows(out: Path) -> None:
 
 
 def _save(
-    model: Any, state: "_State", lora: LoraConfig | None, trainer: TrainerConfig, model_dir: Path, out: Path
+    model: Any, state: "_State", lora: LoraConfig, trainer: TrainerConfig, model_dir: Path, out: Path
 ) -> None:
     """The checkpoint; of several processes the first takes it from the state."""
     rank, processes = _rank(trainer)

@@ -1,5 +1,6 @@
 """What training steps cost: time, memory, and how much of the machine's matrix-product speed they use."""
 
+import re
 import resource
 import sys
 import time
@@ -17,6 +18,8 @@ from selfcritique.train.batch import TokenBatch
 from selfcritique.train.model import head_chunks
 
 Row = dict[str, float]
+# Weights that read a layer's input: the attention's, with the first of their LoRA pairs.
+_FIRST = re.compile(r"\.(q_proj|k_proj|v_proj|qkv_proj|c_attn|query_key_value)\.(?!lora_B)")
 
 
 class Meter:
@@ -54,18 +57,24 @@ def step_flops(model: Any, batch: TokenBatch, recomputes: bool) -> int:
     """Matrix-product FLOPs of one forward and backward pass as executed, padding and all.
 
     A weight takes 2 per number and token in the forward pass (again where it is recomputed, which a layer's
-    last is not), 2 for its input's gradient and, if it is trained, 2 for its own. Attention takes 4 per width
-    and pair of positions, of which causal kernels skip half, and 2.5 times that in the backward pass.
+    last is not), 2 for its input's gradient and, if it is trained, 2 for its own. What reads the first
+    layer's input passes no gradient on where the embedding is frozen (LoRA), unless layers are recomputed.
+    Attention takes 4 per width and pair of positions, of which causal kernels skip half, and 2.5 times that
+    in the backward pass.
     """
     rows, longest = batch.input_ids.shape
     forwards = 2 if recomputes else 1
     decoder = model.get_decoder()
-    embedded = {id(m.weight) for m in decoder.modules() if isinstance(m, nn.Embedding)}
+    embeddings = [m.weight for m in decoder.modules() if isinstance(m, nn.Embedding)]
+    embedded = set(map(id, embeddings))
     weights = [p for p in decoder.parameters() if p.ndim == 2 and id(p) not in embedded]
     each = sum(2 * p.numel() * (forwards + 1 + p.requires_grad) for p in weights)
     layers = [m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
     if recomputes:
         each -= sum(2 * [p.numel() for p in layer.parameters() if p.ndim == 2][-1] for layer in layers)
+    elif not any(weight.requires_grad for weight in embeddings):
+        first = layers[0].named_parameters()
+        each -= sum(2 * p.numel() for name, p in first if p.ndim == 2 and _FIRST.search(name))
     config = model.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     seen = longest**2 if batch.branch is not None or batch.position_ids is not None else longest**2 / 2

@@ -9,11 +9,11 @@ import peft
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from selfcritique.artifacts import write_json
-from selfcritique.checkpoints import ADAPTER, plain_checkpoint
+from selfcritique.checkpoints import ADAPTER, has_code, plain_checkpoint
 from selfcritique.config import LoraConfig
 from selfcritique.errors import UserError
 from selfcritique.train.batch import TokenBatch
@@ -27,7 +27,7 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32, quantize: bool = 
 
     quantize: weights in 4 bits, as QLoRA (arXiv 2305.14314) has them; CUDA only.
     """
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"trust_remote_code": has_code(path)}
     if quantize:
         if not torch.cuda.is_available():
             raise UserError("lora.quantize needs CUDA and bitsandbytes; set it to false to train on the CPU.")
@@ -47,8 +47,18 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32, quantize: bool = 
     return model
 
 
+def dequantise(gguf: Path, out: Path) -> None:
+    """A plain fp32 checkpoint in `out`, tokenizer and chat template with it, of a GGUF file."""
+    where: Any = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    unpacked = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, quantization_config=unpacked)
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(**where).save_pretrained(out)
+
+
 def add_adapter(model: Any, lora: LoraConfig) -> None:
     """Freeze the weights and put trainable low-rank updates beside them, zero at first, in place."""
+    assert lora.rank
     config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -81,7 +91,7 @@ def save_model(model: Any, source: Path, out: Path) -> None:
             file.is_file()
             and file.name not in ("manifest.json", ADAPTER)  # of the source as an artifact
             and not (out / file.name).exists()
-            and file.suffix in (".json", ".jinja", ".txt", ".model")
+            and file.suffix in (".json", ".jinja", ".txt", ".model", ".py")
             and "index" not in file.name
         ):
             shutil.copyfile(file, out / file.name)
