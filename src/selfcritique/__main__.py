@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Sequence
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -69,7 +70,7 @@ def _help() -> str:
         if folder.is_dir()
     }
     experiments = ", ".join(names.pop("experiment", []))
-    groups = ", ".join(f"{group}={'|'.join(options)}" for group, options in names.items())
+    groups = ", ".join(f"{group}={'|'.join(options)}" for group, options in names.items() if options)
     return HELP.format(groups=groups, experiments=experiments)
 
 
@@ -118,23 +119,41 @@ def _explain(error: BaseException) -> str:
 
 
 def _point(composed: Any) -> None:
-    """One run or sweep point. Its errors are said and remembered, so that the other points go on."""
+    """A run, or a job of a sweep in a process of its own; what a sweep's jobs raise, the sweep reports."""
     from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
 
     from selfcritique.config import to_run_config
 
     hydra_config = HydraConfig.get()
+    run, out = to_run_config(composed), Path(hydra_config.runtime.output_dir)
+    os.environ["OMP_NUM_THREADS"] = str(run.threads or len(os.sched_getaffinity(0)))  # before torch is imported
+    if OmegaConf.is_missing(hydra_config.job, "num"):
+        _run(run, out)
+        return
+    from selfcritique import sweep
+
+    _import_what_runs(run)
     try:
-        run = to_run_config(composed)
-        cores = len(os.sched_getaffinity(0))
-        jobs = max(1, int(hydra_config.launcher.get("n_jobs") or 1))
-        os.environ["OMP_NUM_THREADS"] = str(run.threads or max(1, cores // jobs))  # before torch is imported
-        _run(run, Path(hydra_config.runtime.output_dir))
+        sweep.isolated(lambda: _run(run, out, hydra_config.job.name == sweep.SHARED))
     except UserError as error:
-        _failed.append(_say(error))
+        print(f"{out} stopped: {error}", file=sys.stderr, flush=True)
+        raise
 
 
-def _run(run: Any, out: Path) -> None:
+def _import_what_runs(run: Any) -> None:
+    """Once, for all of a sweep's points that this process forks."""
+    from selfcritique.artifacts import Store
+    from selfcritique.pipeline import build, plan
+
+    if all(row.hit for row in plan(build(run), Store(Path(run.store)), run.until)):
+        return
+    for name in ("engine.hf", "train.fit", "train.tiny", "report", "sections"):
+        import_module(f"selfcritique.{name}")
+
+
+def _run(run: Any, out: Path, shared: bool = False) -> None:
+    """shared: only makes artifacts that several points of a sweep need."""
     from omegaconf import OmegaConf
     from rich.console import Console
 
@@ -147,6 +166,14 @@ def _run(run: Any, out: Path) -> None:
         from selfcritique.report import show_plan
 
         show_plan(plan(graph, store, run.until), console)
+        return
+    if "torch" in sys.modules:  # imported before this process was forked
+        import torch
+
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if shared:
+        with full_disk_is_user_error(out):
+            execute(graph, store, run.until)
         return
     from selfcritique import report, results, sections
     from selfcritique.tracker import Tracking
