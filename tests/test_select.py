@@ -13,9 +13,12 @@ from selfcritique.select import (
     build_pairs,
     draw,
     pair_reasons,
+    pair_sides,
     pairs_report,
     select_responses,
+    selection_counts,
     selection_report,
+    wants_whole_pool,
 )
 
 SCHEMA = {
@@ -262,7 +265,7 @@ def test_selection_depends_on_no_order_and_gives_each_response_one_reason(settin
     for seed in range(3):
         assert_frame_equal(select(Random(seed).sample(rows, len(rows)), **settings), found)
     assert sorted(found["response_id"]) == sorted(r["response_id"] for r in rows)
-    report = selection_report(found.lazy())
+    report = selection_report([selection_counts(found.lazy())])
     assert sum(report["reasons"].values()) == report["responses"] == len(rows)
     assert report["reasons"]["selected"] == report["selected"] == found["selected"].sum() > 0
     assert not found.filter("selected")["truncated"].any()
@@ -437,7 +440,7 @@ def test_selection_report() -> None:
         row("b", 5, 1.0),
         row("c", 6, None),
     ]
-    report = selection_report(select(rows).lazy())
+    report = selection_report([selection_counts(select(rows).lazy())])
     assert report == {
         "responses": 6,
         "selected": 2,
@@ -457,16 +460,16 @@ def test_recall_counts_a_text_once() -> None:
     """Without de-duplication both copies are selected: one of two right texts, not two of two."""
     rows = [row("a", n, 9.0, verdict="correct", text_hash="same") for n in (1, 2)]
     rows.append(row("a", 3, 1.0, verdict="correct"))
-    assert selection_report(select(rows, dedup=Dedup.none).lazy())["recall"] == 1 / 2
+    assert selection_report([selection_counts(select(rows, dedup=Dedup.none).lazy())])["recall"] == 1 / 2
 
 
 def test_reports_of_nothing_have_no_shares() -> None:
     rows = [row("a", 1, 1.0), row("a", 2, None)]
-    report = selection_report(select(rows).lazy())
+    report = selection_report([selection_counts(select(rows).lazy())])
     assert [report[k] for k in ("yield", "coverage", "accept_rate")] == [0, 0, 0]
     assert [report[k] for k in ("precision", "precision_accepted", "recall", "diversity")] == [None] * 4
     built = build_pairs(pool(rows), PairConfig(), 0)
-    empty = pairs_report(pool(rows), built)
+    empty = pairs_report(pair_sides(pool(rows), built))
     assert (empty["pairs"], empty["questions"], empty["precision"], empty["mean_margin"]) == (
         0,
         0,
@@ -491,7 +494,7 @@ def test_pairs_report() -> None:
         for i, p in enumerate("abc")
         for j in range(2)
     ]
-    assert pairs_report(pool(rows), build_pairs(pool(rows), PairConfig(), 0)) == {
+    assert pairs_report(pair_sides(pool(rows), build_pairs(pool(rows), PairConfig(), 0))) == {
         "pairs": 3,
         "questions": 3,
         "mean_margin": pytest.approx((9 + 5 + 7) / 3),

@@ -135,7 +135,8 @@ def _point(composed: Any) -> None:
 
     _import_what_runs(run)
     try:
-        sweep.isolated(lambda: _run(run, out, hydra_config.job.name == sweep.SHARED))
+        shared = hydra_config.job.name == sweep.SHARED
+        sweep.isolated(lambda: _run(run, out, sweep.SHARED if shared else str(hydra_config.job.num)))
     except UserError as error:
         print(f"{out} stopped: {error}", file=sys.stderr, flush=True)
         raise
@@ -152,8 +153,8 @@ def _import_what_runs(run: Any) -> None:
         import_module(f"selfcritique.{name}")
 
 
-def _run(run: Any, out: Path, shared: bool = False) -> None:
-    """shared: only makes artifacts that several points of a sweep need."""
+def _run(run: Any, out: Path, job: str = "") -> None:
+    """job: of a sweep, its number; `shared` only makes artifacts that several points need."""
     from omegaconf import OmegaConf
     from rich.console import Console
 
@@ -171,7 +172,7 @@ def _run(run: Any, out: Path, shared: bool = False) -> None:
         import torch
 
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    if shared:
+    if job == "shared":
         with full_disk_is_user_error(out):
             execute(graph, store, run.until)
         return
@@ -181,7 +182,7 @@ def _run(run: Any, out: Path, shared: bool = False) -> None:
     with full_disk_is_user_error(out):
         out.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(OmegaConf.structured(run), out / "config.yaml")
-        tracking = Tracking(run, out)
+        tracking = Tracking(run, out, job)
         start = time.monotonic()
 
         def finished(node: Any, artifact: Any) -> None:
@@ -191,7 +192,7 @@ def _run(run: Any, out: Path, shared: bool = False) -> None:
         summary = report.summarise(run, graph, done, code_version(), time.monotonic() - start)
         report.write(out, summary, done)
         whole = results.load_run(out, run.store)
-        tracking.finish(summary, results.sample_table(whole))
+        tracking.finish(summary, results.sample_table(whole), done)
         sections.write_report([whole])
     report.show(summary, out, console)
 
