@@ -26,6 +26,9 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {  # name -> its file, and what its `me
     "checker_vs_math_verify_symbolic": ("checker_symbolic",),
     "checker_hostile": ("checker_hostile",),
     "critic_logit_vs_generate": ("critic_modes",),
+    "selection_scaling": ("selection", "scaling"),
+    "selection_throughput": ("selection", "throughput"),
+    "sweep_sharing": ("sweeps",),
     "matmul_peak_fraction": ("training", "peak", "dpo", "ours", "smollm2"),
 } | {
     f"{name}_{size}": ("training", *arguments, size)

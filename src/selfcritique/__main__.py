@@ -20,6 +20,7 @@ HELP = """selfcritique: the Self-Critique pipeline for mathematical reasoning
   selfcritique experiment=demo until=pairs   run up to a stage
   selfcritique experiment=demo dpo.loss.lam=0.5 seed=1     change any setting
   selfcritique -m experiment=demo seed=0,1,2               sweep; the points share their stages
+  selfcritique tune experiment=demo trials=30              search λ, β and others (conf/tune.yaml) on dev
   selfcritique store ls|gc|pin KEY|unpin KEY [--store DIR] [--all] the artifacts and their disk
   selfcritique compare 'runs=[outputs/demo/*]' [metric=maj@4]   seeds and experiments side by side
   selfcritique critic-card critic=RUN [set=FOLDER]   a critic by itself: how good, how slow, how easily fooled
@@ -127,19 +128,40 @@ def _point(composed: Any) -> None:
 
     hydra_config = HydraConfig.get()
     run, out = to_run_config(composed), Path(hydra_config.runtime.output_dir)
-    os.environ["OMP_NUM_THREADS"] = str(run.threads or len(os.sched_getaffinity(0)))  # before torch is imported
     if OmegaConf.is_missing(hydra_config.job, "num"):
+        _set_threads(run.threads)
         _run(run, out)
         return
-    from selfcritique import sweep
+    from selfcritique.sweep import SHARED
 
-    _import_what_runs(run)
+    job = SHARED if hydra_config.job.name == SHARED else str(hydra_config.job.num)
     try:
-        shared = hydra_config.job.name == sweep.SHARED
-        sweep.isolated(lambda: _run(run, out, sweep.SHARED if shared else str(hydra_config.job.num)))
+        if "RayLauncher" in hydra_config.launcher._target_:  # has made a process for it
+            _set_threads(run.threads)
+            _run(run, out, job)
+        else:
+            _run_apart(run, out, job)
     except UserError as error:
         print(f"{out} stopped: {error}", file=sys.stderr, flush=True)
         raise
+
+
+def _set_threads(threads: int) -> None:
+    """For all that computes; torch reads the environment when it is imported, and may have been already."""
+    os.environ["OMP_NUM_THREADS"] = str(threads or len(os.sched_getaffinity(0)))
+    if "torch" in sys.modules:
+        import torch
+
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def _run_apart(run: Any, out: Path, job: str = "") -> None:
+    """In a process of its own; raises UserError if it did not finish."""
+    from selfcritique.sweep import isolated
+
+    _set_threads(run.threads)
+    _import_what_runs(run)
+    isolated(lambda: (_set_threads(run.threads), _run(run, out, job)))
 
 
 def _import_what_runs(run: Any) -> None:
@@ -168,10 +190,6 @@ def _run(run: Any, out: Path, job: str = "") -> None:
 
         show_plan(plan(graph, store, run.until), console)
         return
-    if "torch" in sys.modules:  # imported before this process was forked
-        import torch
-
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if job == "shared":
         with full_disk_is_user_error(out):
             execute(graph, store, run.until)
@@ -252,6 +270,20 @@ def _annotate(words: list[str]) -> None:
     marks = {str(path): sheets.read_sheet(path, scored) for path in paths}
     print(sheets.markdown(sheets.agreement(marks, scored)))
     print(f"{sheets.write_annotations(list(marks.values()), out)} marked responses of {stage}: {out}")
+
+
+def _tune(words: list[str]) -> None:
+    try:
+        from selfcritique.tune import tune
+    except ModuleNotFoundError as error:
+        raise UserError(f"tune wants Optuna ({error}): pip install -r requirements-dev.txt.") from None
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        tune(words, CONF, _run_apart)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"tune: {_explain(error)}") from None
 
 
 def _critic_card(words: list[str]) -> None:
@@ -370,6 +402,7 @@ _COMMANDS = {
     "evaluate": _evaluate,
     "report": _report,
     "store": _store,
+    "tune": _tune,
     "why": _why,
 }
 

@@ -681,7 +681,11 @@ def register() -> None:
     """Make the schema, and the plugins that Hydra is to use by name, known to it."""
     store = ConfigStore.instance().store
     store(name="base_config", node=RunConfig)
-    sweeper = {"_target_": "hydra_plugins.selfcritique_plugins.SharingSweeper", "max_batch_size": None, "params": None}
+    sweeper = {
+        "_target_": "hydra_plugins.selfcritique_plugins.SharingSweeper",
+        "max_batch_size": None,
+        "params": None,
+    }
     store(group="hydra/sweeper", name="sharing", node=sweeper)
     ray = {"_target_": "hydra_plugins.selfcritique_plugins.RayLauncher", "num_cpus": 1, "num_gpus": 0}
     store(group="hydra/launcher", name="ray", node=ray)

@@ -184,9 +184,7 @@ def _raise_failures(commands: Sequence[str], outcomes: Mapping[int, str]) -> Non
         raise UserError("\n".join((head, *lines)))
 
 
-def _in_waves(
-    launcher: Any, jobs: Sequence[Job], words: Callable[[Job, int], list[str]]
-) -> dict[int, str]:
+def _in_waves(launcher: Any, jobs: Sequence[Job], words: Callable[[Job, int], list[str]]) -> dict[int, str]:
     """Through `launcher.launch`, which returns when all its jobs are done: those first that wait for none."""
     outcomes: dict[int, str] = {}
     while len(outcomes) < len(jobs):
