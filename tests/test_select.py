@@ -1,14 +1,18 @@
 """Selection and pairing of small pools whose outcome is read off by hand."""
 
 from collections import Counter
+from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
+from selfcritique import stages
 from selfcritique.config import Dedup, PairConfig, PairStrategy, SelectBy, SelectConfig, Selection
+from selfcritique.progress import Progress
 from selfcritique.select import (
     build_pairs,
     draw,
@@ -502,3 +506,52 @@ def test_pairs_report() -> None:
         "chosen_tokens": 6.0,
         "rejected_tokens": 10.0,
     }
+
+
+# ---- in parts ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "whole"),
+    [
+        (SelectConfig(), False),
+        (SelectConfig(by=SelectBy.checker), False),
+        (SelectConfig(fixed_yield=9), True),
+        (SelectConfig(by=SelectBy.random), True),
+        (SelectConfig(even_clusters=True), True),
+        (PairConfig(), False),
+        (PairConfig(by=SelectBy.random), False),
+        (PairConfig(by=SelectBy.shuffled), True),
+        (PairConfig(selection=Selection.paper), True),
+    ],
+)
+def test_a_pool_in_parts_is_chosen_from_as_a_whole(
+    config: SelectConfig | PairConfig, whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """40 questions of 5 responses, about 30 responses at a time or all at once: the same rows and figures."""
+    chance, rows = Random(0), []
+    for i in range(200):
+        score = chance.choice([None, 2.0, 5.0, 8.0, 9.0])
+        verdict = "correct" if (score or 0) > 6 else "incorrect"
+        rows.append(row(f"{i // 5:016x}", i, score, text_hash=f"text {i % 50}", verdict=verdict))
+    pool(rows).drop("cluster").collect().write_parquet(tmp_path / "scored.parquet")
+    families = [{"problem_id": f"{i:016x}", "family": f"f{i % 3}"} for i in range(40)]
+    pl.DataFrame(families).write_parquet(tmp_path / "problems.parquet")
+    inputs: Any = {role: SimpleNamespace(path=tmp_path) for role in ("scored", "problems")}
+    assert wants_whole_pool(config) == whole
+    found = []
+    for part in (200, 30):
+        monkeypatch.setattr(stages, "PART", part)
+        out = tmp_path / str(part)
+        out.mkdir()
+        if isinstance(config, SelectConfig):
+            metrics = stages.select(stages.Select(config, 1), inputs, out, Progress("test"))
+        else:
+            metrics = stages.pairs(stages.Pairs(config, 1), inputs, out, Progress("test"))
+        found.append((metrics, {p.name: pl.read_parquet(p) for p in out.iterdir()}))
+    (expected, all_tables), (metrics, tables) = found
+    assert metrics == {n: v if n == "reasons" else pytest.approx(v) for n, v in expected.items()}
+    assert tables.keys() == all_tables.keys()
+    for name, table in tables.items():
+        by = "pair_id" if name == "pairs.parquet" else "response_id"
+        assert_frame_equal(table.sort(by), all_tables[name].sort(by))

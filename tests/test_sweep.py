@@ -1,4 +1,4 @@
-"""Sweeps: what is shared runs once, what fails or is killed costs its point alone, a rerun does what is missing."""
+"""Sweeps: what is shared runs once, a killed point costs itself alone, a rerun does what is missing."""
 
 import json
 import os
@@ -130,7 +130,7 @@ def test_a_rerun_does_only_what_is_missing(killed: Finished, tmp_path: Path) -> 
 
 @dataclass(frozen=True)
 class KillSweep(Watch):
-    """As `Watch`, but the whole sweep is killed, as a point of it publishes what `path` is in, the nth time."""
+    """As `Watch`, but the whole sweep is killed, as a point of it publishes the nth artifact of `path`."""
 
     path: str = ""
     nth: int = 1
@@ -140,14 +140,11 @@ class KillSweep(Watch):
         super().__call__()
 
         def audit(name: str, arguments: tuple[object, ...]) -> None:
-            if (
-                name == "os.rename"
-                and self.path in str(arguments[0])
-                and str(arguments[0]).endswith("partial")
-            ):
-                if sum(n for key, n in made(self.log).items() if self.path in f"/{key}") == self.nth:
-                    os.kill(sweep, signal.SIGKILL)
-                    time.sleep(60)  # it dies with its parent
+            published = name == "os.rename" and str(arguments[0]).endswith(".partial")
+            found = made(self.log) if published and self.path in str(arguments[0]) else Counter[str]()
+            if sum(n for key, n in found.items() if self.path in f"/{key}") == self.nth:
+                os.kill(sweep, signal.SIGKILL)
+                time.sleep(60)  # it dies with its parent
 
         sys.addaudithook(audit)
 

@@ -30,9 +30,8 @@ def test_a_killed_search_goes_on_with_the_trial_it_was_at(tmp_path: Path) -> Non
     before = {f"{row['stage']}/{row['key']}" for row in Store(store).ls() if not row["partial"]}
     again = completed(tmp_path, *WORDS, hook=Watch(store, tmp_path / "log2"))
 
-    study = load_study(
-        study_name="tune", storage=JournalStorage(JournalFileBackend(str(tmp_path / "study.journal")))
-    )
+    file = JournalFileBackend(str(tmp_path / "study.journal"))
+    study = load_study(study_name="tune", storage=JournalStorage(file))
     killed, *done = sorted(study.trials, key=lambda t: t.state is TrialState.COMPLETE)
     assert killed.state is TrialState.FAIL and [t.state for t in done] == 3 * [TrialState.COMPLETE]
     tried = [tuple(t.params.values()) for t in done]

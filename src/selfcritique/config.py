@@ -681,13 +681,10 @@ def register() -> None:
     """Make the schema, and the plugins that Hydra is to use by name, known to it."""
     store = ConfigStore.instance().store
     store(name="base_config", node=RunConfig)
-    sweeper = {
-        "_target_": "hydra_plugins.selfcritique_plugins.SharingSweeper",
-        "max_batch_size": None,
-        "params": None,
-    }
+    plugins = "hydra_plugins.selfcritique_plugins"
+    sweeper = {"_target_": f"{plugins}.SharingSweeper", "max_batch_size": None, "params": None}
     store(group="hydra/sweeper", name="sharing", node=sweeper)
-    ray = {"_target_": "hydra_plugins.selfcritique_plugins.RayLauncher", "num_cpus": 1, "num_gpus": 0}
+    ray = {"_target_": f"{plugins}.RayLauncher", "num_cpus": 1, "num_gpus": 0}
     store(group="hydra/launcher", name="ray", node=ray)
 
 

@@ -226,7 +226,7 @@ def _made(folder: Path) -> Path:
 
 
 def isolated(work: Callable[[], object]) -> None:
-    """`work` in a forked process, so that whatever ends it ends no more; raises UserError if it did not finish.
+    """`work` in a forked process, so that whatever ends it ends no more; UserError if it did not finish.
 
     What was imported here need not be imported there; nothing may have been computed here with threads.
     """

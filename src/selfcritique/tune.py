@@ -40,7 +40,7 @@ class Dimension:
     log: bool = False
 
     def __post_init__(self) -> None:
-        within = bool(self.choices) or self.low < self.high and (self.low > 0 or not self.log)
+        within = bool(self.choices) or (self.low < self.high and (self.low > 0 or not self.log))
         check(self, low=not within and "below high (above 0 if log), or choices given")
 
     def suggest(self, trial: Trial, name: str) -> str:
