@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from selfcritique.sweep import Point, blocked, schedule, threads_per_job
 
 LAMS = ("0.5", "1", "1.5")
 SWEEP = ("-m", *TINY, f"dpo.loss.lam={','.join(LAMS)}")
+UPSTREAM = ("problems", "solutions", "base", "critic_pool")
 OWN = ("dpo", "test_dpo", "eval_dpo")  # what no two points share
 
 
@@ -160,6 +162,22 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     wanted = {key for lam in ("0.5", "1") for name, key in keys(f"dpo.loss.lam={lam}").items()
               if not name.startswith(("test_", "eval_"))}  # fmt: skip
     assert before and made(tmp_path / "log2") == Counter(wanted - before)
+
+
+def test_two_sweeps_at_once_share_one_store(tmp_path: Path) -> None:
+    words = ("-m", *TINY, f"store={tmp_path / 'store'}", "until=critic_pool")
+
+    def watch(name: str) -> Watch:
+        return Watch(tmp_path / "store", tmp_path / f"{name}.log")
+
+    with ThreadPoolExecutor() as pool:
+        both = [
+            pool.submit(completed, tmp_path / name, *words, seeds, hook=watch(name))
+            for name, seeds in (("a", "seed=0,1"), ("b", "seed=1,0"))
+        ]
+    assert all("2 of 2 points finished" in sweep.result().stdout for sweep in both)
+    found = made(tmp_path / "a.log") + made(tmp_path / "b.log")
+    assert found == {key: 1 for s in (0, 1) for name, key in keys(f"seed={s}").items() if name in UPSTREAM}
 
 
 # ---- the table -----------------------------------------------------------------------------------------

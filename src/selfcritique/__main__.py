@@ -134,7 +134,7 @@ def _point(composed: Any) -> None:
         return
     from selfcritique.sweep import SHARED
 
-    job = SHARED if hydra_config.job.name == SHARED else str(hydra_config.job.num)
+    job = SHARED if hydra_config.job.name == SHARED else out.name
     try:
         if "RayLauncher" in hydra_config.launcher._target_:  # has made a process for it
             _set_threads(run.threads)
@@ -176,7 +176,7 @@ def _import_what_runs(run: Any) -> None:
 
 
 def _run(run: Any, out: Path, job: str = "") -> None:
-    """job: of a sweep, its number; `shared` only makes artifacts that several points need."""
+    """job: of a sweep, the point's folder; `shared` only makes artifacts that several points need."""
     from omegaconf import OmegaConf
     from rich.console import Console
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from hydra.core.singleton import Singleton
 
-from selfcritique.sweep import Job, blocked, cores, outcome
+from selfcritique.errors import UserError
+from selfcritique.sweep import Job, blocked, cores
 
 _POLL_S = 0.2
 
@@ -50,7 +51,7 @@ def submit(launcher: Any, jobs: Sequence[Job], words: Sequence[list[str]]) -> di
         why = blocked(jobs[i], outcomes)
         if why:
             handle.cancel()
-        outcomes[i] = why or outcome(handle.result)
+        outcomes[i] = why or _ended(handle)
     return outcomes
 
 
@@ -68,8 +69,19 @@ def _submit_here(launcher: Any, jobs: Sequence[Job], calls: Sequence[tuple[Any, 
                 running[i] = executor.submit(_Submitted(launcher), *calls[i])
         time.sleep(_POLL_S)
         for i in [i for i, handle in running.items() if handle.done()]:
-            outcomes[i] = outcome(running.pop(i).result)
+            outcomes[i] = _ended(running.pop(i))
     return outcomes
+
+
+def _ended(handle: Any) -> str:
+    """Why a job did not finish, '' if it did: what it raised itself, or what submitit knows of it."""
+    error = handle.exception()
+    if error is None:
+        return ""
+    _, raised, said = str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")
+    if raised:
+        return said.partition("\n-----")[0].strip()
+    return f"{str(error).strip().splitlines()[0]} (its log: {handle.paths.stderr})"
 
 
 def _executor(launcher: Any, after: Sequence[str]) -> Any:
@@ -85,6 +97,9 @@ def _executor(launcher: Any, after: Sequence[str]) -> Any:
         needs = {"dependency": "afterok:" + ":".join(after), "kill-on-invalid-dep": "yes"}
         params["additional_parameters"] = {**params["additional_parameters"], **needs}
     shared = {f.name for f in fields(BaseQueueConf)}
-    executor = submitit.AutoExecutor(cluster=kind, **first)
+    try:
+        executor = submitit.AutoExecutor(cluster=kind, **first)
+    except RuntimeError as error:  # no SLURM here
+        raise UserError(f"hydra/launcher: {error} hydra/launcher=submitit_local wants none.") from None
     executor.update_parameters(**{k if k in shared else f"{kind}_{k}": v for k, v in params.items()})
     return executor

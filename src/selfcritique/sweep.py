@@ -1,8 +1,8 @@
 """A sweep: its points share every stage they can, and none of them waits for another.
 
 All points are composed before one is started, so that it is known which stages several of them need. These
-are built first, by jobs of their own: one for each set of
-points that needs the same stages (all points; those of a seed; ...). A point's job takes the rest.
+are built first, by jobs of their own: one for each set of points that needs the same stages (all points; those
+of a seed; ...). A point's job does the rest.
 """
 
 import ctypes
