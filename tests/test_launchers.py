@@ -118,7 +118,7 @@ def check_shared_once(swept: Finished) -> None:
 
 
 def test_a_sweep_through_slurm(slurm: Path, tmp_path: Path) -> None:
-    swept = completed(tmp_path, "hydra/launcher=submitit_slurm", *GRID)
+    swept = completed(tmp_path, *GRID, "hydra/launcher=submitit_slurm")
     check_shared_once(swept)
     log = (slurm / "slurmctld.log").read_text()
     assert (
@@ -131,7 +131,7 @@ def test_a_sweep_through_slurm(slurm: Path, tmp_path: Path) -> None:
 
 def test_a_job_killed_under_submitit_is_noticed(tmp_path: Path) -> None:
     """The last job that starts is killed at its root, as by an administrator; the shared one came before."""
-    words = ("hydra/launcher=submitit_local", "-m", *TINY, "seed=0,1", "until=base")
+    words = ("-m", *TINY, "hydra/launcher=submitit_local", "seed=0,1", "until=base")
     with ThreadPoolExecutor() as pool:
         sweep = pool.submit(run, tmp_path, *words)
         while len(jobs := list(tmp_path.glob("outputs/*/*/.submitit/[0-9]*/*_log.err"))) < 3:
@@ -151,5 +151,5 @@ def test_a_job_killed_under_submitit_is_noticed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("launcher", ["joblib", "ray"])
 def test_a_sweep_through_joblib_and_ray(launcher: str, tmp_path: Path) -> None:
     pytest.importorskip(launcher)
-    swept = completed(tmp_path, f"hydra/launcher={launcher}", *GRID)
+    swept = completed(tmp_path, *GRID, f"hydra/launcher={launcher}")
     check_shared_once(swept)

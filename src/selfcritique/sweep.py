@@ -1,8 +1,8 @@
 """A sweep: its points share every stage they can, and none of them waits for another.
 
 All points are composed before one is started, so that it is known which stages several of them need. These
-are built first, by jobs of their own: one for each set of points that needs the same stages (all points; those
-of a seed; ...). A point's job does the rest.
+are built first, by jobs of their own: one for each set of points that needs the same stages (all points;
+those of a seed; ...). A point's job does the rest.
 """
 
 import ctypes
@@ -103,11 +103,12 @@ def sweep(sweeper: BasicSweeper, arguments: list[str]) -> None:
     given = parser.parse_overrides([*sweeper._parse_config(), *arguments])
     axes = [override.get_key_element() for override in given if override.is_sweep_override()]
     (batch,) = sweeper.split_arguments(given, None)
+    folder = Path(config.hydra.sweep.dir)  # resolved here, once: the points copy what was
     points, outcomes = list[Point](), dict[int, str]()
     for number, words in enumerate(batch):
         composed = context.config_loader.load_sweep_config(config, words)
         try:
-            points.append(_point(number, words, axes, composed))
+            points.append(_point(number, words, axes, composed, folder))
         except UserError as error:
             outcomes[number] = str(error)
     if points and points[0].graph.run.plan:
@@ -118,7 +119,6 @@ def sweep(sweeper: BasicSweeper, arguments: list[str]) -> None:
         runs = ((point.graph, Store(Path(point.graph.run.store))) for point in points)
         show_sweep_plan([plan(graph, store, graph.run.until) for graph, store in runs], Console(width=100))
     elif points:
-        folder = Path(config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(config, folder / "multirun.yaml")
         outcomes |= _run(points, sweeper.launcher, config.hydra.launcher)
@@ -126,10 +126,12 @@ def sweep(sweeper: BasicSweeper, arguments: list[str]) -> None:
     _raise_failures([" ".join(words) for words in batch], outcomes)
 
 
-def _point(number: int, words: Sequence[str], axes: Sequence[str], composed: DictConfig) -> Point:
+def _point(
+    number: int, words: Sequence[str], axes: Sequence[str], composed: DictConfig, folder: Path
+) -> Point:
     with open_dict(composed):
         composed.hydra.job.num = number
-        folder, subdir = Path(composed.hydra.sweep.dir), str(composed.hydra.sweep.subdir)
+        subdir = str(composed.hydra.sweep.subdir)
         del composed["hydra"]
     values = dict(word.partition("=")[::2] for word in words)
     label = {axis: values[axis] for axis in axes}
