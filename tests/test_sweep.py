@@ -103,7 +103,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 def test_a_killed_point_is_reported_and_the_others_finish(killed: Finished) -> None:
     assert "1 of 3 points did not finish" in killed.message and "killed by SIGKILL" in killed.message
-    assert "dpo.loss.lam=1 " in killed.message
+    assert "1 (dpo.loss.lam=1)" in killed.message
     told = read_json(killed.out / "sweep.json")
     assert [(p["number"], p["label"]["dpo.loss.lam"], p["error"]) for p in told["points"]] == [
         (0, "0.5", ""), (1, "1", "killed by SIGKILL"), (2, "1.5", "")

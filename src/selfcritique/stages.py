@@ -777,12 +777,10 @@ def _pool(inputs: Inputs) -> pl.LazyFrame:
 
 def _parts(inputs: Inputs, whole: bool) -> Iterator[pl.LazyFrame]:
     """The pool in parts of whole questions that memory holds, or as one."""
-    from selfcritique.select import draw
-
     pool = _pool(inputs)
     n = 1 if whole else -(-pool.select(pl.len()).collect().item() // PART) or 1
     for i in range(n):
-        yield (pool.filter(draw(0, "problem_id") % n == i) if n > 1 else pool).collect().lazy()
+        yield (pool.filter(pl.col("problem_id").hash() % n == i) if n > 1 else pool).collect().lazy()
 
 
 class _Parts:

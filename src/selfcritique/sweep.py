@@ -19,6 +19,7 @@ from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobStatus
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from selfcritique.artifacts import Store, write_json
@@ -123,7 +124,8 @@ def sweep(sweeper: BasicSweeper, arguments: list[str]) -> None:
         OmegaConf.save(config, folder / "multirun.yaml")
         outcomes |= _run(points, sweeper.launcher, config.hydra.launcher)
         _write(points, outcomes, folder)
-    _raise_failures([" ".join(words) for words in batch], outcomes)
+    varied = [[word for word in words if word.partition("=")[0] in axes] for words in batch]
+    _raise_failures([" ".join(words) for words in varied], outcomes)
 
 
 def _point(
@@ -174,15 +176,15 @@ def _write(points: Sequence[Point], outcomes: Mapping[int, str], folder: Path) -
     print(f"{len(done)} of {len(points)} points finished: {folder}")
 
 
-def _raise_failures(commands: Sequence[str], outcomes: Mapping[int, str]) -> None:
+def _raise_failures(points: Sequence[str], outcomes: Mapping[int, str]) -> None:
     by_reason = defaultdict[str, list[str]](list)
     for number, why in sorted(outcomes.items()):
         if why:
-            by_reason[why].append(f"{number} ({commands[number]})")
+            by_reason[why].append(f"{number} ({points[number]})")
     if by_reason:
         failed = sum(map(len, by_reason.values()))
         lines = (f"  {why}\n    {'; '.join(who)}" for why, who in by_reason.items())
-        head = f"{failed} of {len(commands)} points did not finish; the same command runs what is missing."
+        head = f"{failed} of {len(points)} points did not finish; the same command runs what is missing."
         raise UserError("\n".join((head, *lines)))
 
 
@@ -196,22 +198,14 @@ def _in_waves(launcher: Any, jobs: Sequence[Job], words: Callable[[Job, int], li
         if wave:
             batch = [words(jobs[i], len(wave)) for i in wave]
             for i, ended in zip(wave, launcher.launch(batch, initial_job_idx=wave[0]), strict=True):
-                outcomes[i] = outcome(lambda ended=ended: ended.return_value)
+                done = ended.status is JobStatus.COMPLETED
+                outcomes[i] = "" if done else str(ended._return_value)  # the property also prints
     return outcomes
 
 
 def blocked(job: Job, outcomes: Mapping[int, str]) -> str:
     """Why a job cannot start: what stopped one that it comes after."""
     return next((why for before in job.after if (why := outcomes.get(before))), "")
-
-
-def outcome(result: Callable[[], object]) -> str:
-    """Why a job did not finish, '' if it did."""
-    try:
-        result()
-    except Exception as error:
-        return str(error) or type(error).__name__
-    return ""
 
 
 def cores() -> int:
