@@ -76,11 +76,9 @@ def test_every_group_option_composes(path: Path, composed: Compose) -> None:
 
 
 @pytest.mark.parametrize("path", sorted((CONF / "hydra" / "launcher").glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_launcher_preset_composes(path: Path) -> None:
+def test_every_launcher_preset_composes(path: Path, composed: Compose) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        launcher = compose("config", [f"hydra/launcher={path.stem}"], return_hydra_config=True).hydra.launcher
+    launcher = compose("config", [f"hydra/launcher={path.stem}"], return_hydra_config=True).hydra.launcher
     assert launcher._target_.endswith("SlurmLauncher") and launcher.gpus_per_node > 0
 
 

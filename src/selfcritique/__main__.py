@@ -159,9 +159,13 @@ def _run_apart(run: Any, out: Path, job: str = "") -> None:
     """In a process of its own; raises UserError if it did not finish."""
     from selfcritique.sweep import isolated
 
+    def work() -> None:
+        _set_threads(run.threads)
+        _run(run, out, job)
+
     _set_threads(run.threads)
     _import_what_runs(run)
-    isolated(lambda: (_set_threads(run.threads), _run(run, out, job)))
+    isolated(work)
 
 
 def _import_what_runs(run: Any) -> None:
