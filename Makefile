@@ -4,13 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_VERSION := 26.3
 
-.PHONY: demo test lint bench clean setup setup-vllm chromium
+.PHONY: demo test lint bench clean setup setup-vllm chromium slurm
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.runtime
 	$(BIN)/selfcritique experiment=demo
 
-test: $(VENV)/.dev chromium
+test: $(VENV)/.dev chromium slurm
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.dev
@@ -27,6 +27,11 @@ chromium:  # the tests open the report in it; without it those are skipped
 	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
 		{ apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy chromium; } || \
 		echo "no Chromium: install it with your package manager, or the tests that open the report are skipped"
+
+slurm:  # the tests start one of one node; without it those are skipped
+	@command -v slurmctld && command -v munged || \
+		{ apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy slurm-wlm munge; } || \
+		echo "no SLURM: install slurm-wlm and munge, or the tests that sweep through it are skipped"
 
 $(VENV)/.pip:
 	$(PYTHON) -m venv $(VENV)

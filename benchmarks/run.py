@@ -29,6 +29,9 @@ BENCHMARKS: dict[str, tuple[Any, ...]] = {  # name -> its file, and what its `me
     "engine_overhead": ("engines", "overhead"),
     "vllm_vs_hf_n1": ("engines", "hf", 1),
     "vllm_vs_hf_n8": ("engines", "hf", 8),
+    "selection_scaling": ("selection", "scaling"),
+    "selection_throughput": ("selection", "throughput"),
+    "sweep_sharing": ("sweeps",),
     "matmul_peak_fraction": ("training", "peak", "dpo", "ours", "smollm2"),
 } | {
     f"{name}_{size}": ("training", *arguments, size)

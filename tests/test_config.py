@@ -75,6 +75,13 @@ def test_every_group_option_composes(path: Path, composed: Compose) -> None:
         to_run_config(composed(option))
 
 
+@pytest.mark.parametrize("path", sorted((CONF / "hydra" / "launcher").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_launcher_preset_composes(path: Path, composed: Compose) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    launcher = compose("config", [f"hydra/launcher={path.stem}"], return_hydra_config=True).hydra.launcher
+    assert launcher._target_.endswith("SlurmLauncher") and launcher.gpus_per_node > 0
+
+
 def test_an_experiment_wins_over_the_groups_and_the_command_line_over_it(composed: Compose) -> None:
     """pairs/default.yaml has threshold 7, the smoke experiment 4."""
     assert to_run_config(composed()).pairs.build.threshold == 7

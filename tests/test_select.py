@@ -1,21 +1,28 @@
 """Selection and pairing of small pools whose outcome is read off by hand."""
 
 from collections import Counter
+from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
+from selfcritique import stages
 from selfcritique.config import Dedup, PairConfig, PairStrategy, SelectBy, SelectConfig, Selection
+from selfcritique.progress import Progress
 from selfcritique.select import (
     build_pairs,
     draw,
     pair_reasons,
+    pair_sides,
     pairs_report,
     select_responses,
+    selection_counts,
     selection_report,
+    wants_whole_pool,
 )
 
 SCHEMA = {
@@ -262,7 +269,7 @@ def test_selection_depends_on_no_order_and_gives_each_response_one_reason(settin
     for seed in range(3):
         assert_frame_equal(select(Random(seed).sample(rows, len(rows)), **settings), found)
     assert sorted(found["response_id"]) == sorted(r["response_id"] for r in rows)
-    report = selection_report(found.lazy())
+    report = selection_report([selection_counts(found.lazy())])
     assert sum(report["reasons"].values()) == report["responses"] == len(rows)
     assert report["reasons"]["selected"] == report["selected"] == found["selected"].sum() > 0
     assert not found.filter("selected")["truncated"].any()
@@ -437,7 +444,7 @@ def test_selection_report() -> None:
         row("b", 5, 1.0),
         row("c", 6, None),
     ]
-    report = selection_report(select(rows).lazy())
+    report = selection_report([selection_counts(select(rows).lazy())])
     assert report == {
         "responses": 6,
         "selected": 2,
@@ -457,16 +464,16 @@ def test_recall_counts_a_text_once() -> None:
     """Without de-duplication both copies are selected: one of two right texts, not two of two."""
     rows = [row("a", n, 9.0, verdict="correct", text_hash="same") for n in (1, 2)]
     rows.append(row("a", 3, 1.0, verdict="correct"))
-    assert selection_report(select(rows, dedup=Dedup.none).lazy())["recall"] == 1 / 2
+    assert selection_report([selection_counts(select(rows, dedup=Dedup.none).lazy())])["recall"] == 1 / 2
 
 
 def test_reports_of_nothing_have_no_shares() -> None:
     rows = [row("a", 1, 1.0), row("a", 2, None)]
-    report = selection_report(select(rows).lazy())
+    report = selection_report([selection_counts(select(rows).lazy())])
     assert [report[k] for k in ("yield", "coverage", "accept_rate")] == [0, 0, 0]
     assert [report[k] for k in ("precision", "precision_accepted", "recall", "diversity")] == [None] * 4
     built = build_pairs(pool(rows), PairConfig(), 0)
-    empty = pairs_report(pool(rows), built)
+    empty = pairs_report(pair_sides(pool(rows), built))
     assert (empty["pairs"], empty["questions"], empty["precision"], empty["mean_margin"]) == (
         0,
         0,
@@ -491,7 +498,7 @@ def test_pairs_report() -> None:
         for i, p in enumerate("abc")
         for j in range(2)
     ]
-    assert pairs_report(pool(rows), build_pairs(pool(rows), PairConfig(), 0)) == {
+    assert pairs_report(pair_sides(pool(rows), build_pairs(pool(rows), PairConfig(), 0))) == {
         "pairs": 3,
         "questions": 3,
         "mean_margin": pytest.approx((9 + 5 + 7) / 3),
@@ -499,3 +506,52 @@ def test_pairs_report() -> None:
         "chosen_tokens": 6.0,
         "rejected_tokens": 10.0,
     }
+
+
+# ---- in parts ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "whole"),
+    [
+        (SelectConfig(), False),
+        (SelectConfig(by=SelectBy.checker), False),
+        (SelectConfig(fixed_yield=9), True),
+        (SelectConfig(by=SelectBy.random), True),
+        (SelectConfig(even_clusters=True), True),
+        (PairConfig(), False),
+        (PairConfig(by=SelectBy.random), False),
+        (PairConfig(by=SelectBy.shuffled), True),
+        (PairConfig(selection=Selection.paper), True),
+    ],
+)
+def test_a_pool_in_parts_is_chosen_from_as_a_whole(
+    config: SelectConfig | PairConfig, whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """40 questions of 5 responses, about 30 responses at a time or all at once: the same rows and figures."""
+    chance, rows = Random(0), []
+    for i in range(200):
+        score = chance.choice([None, 2.0, 5.0, 8.0, 9.0])
+        verdict = "correct" if (score or 0) > 6 else "incorrect"
+        rows.append(row(f"{i // 5:016x}", i, score, text_hash=f"text {i % 50}", verdict=verdict))
+    pool(rows).drop("cluster").collect().write_parquet(tmp_path / "scored.parquet")
+    families = [{"problem_id": f"{i:016x}", "family": f"f{i % 3}"} for i in range(40)]
+    pl.DataFrame(families).write_parquet(tmp_path / "problems.parquet")
+    inputs: Any = {role: SimpleNamespace(path=tmp_path) for role in ("scored", "problems")}
+    assert wants_whole_pool(config) == whole
+    found = []
+    for part in (200, 30):
+        monkeypatch.setattr(stages, "PART", part)
+        out = tmp_path / str(part)
+        out.mkdir()
+        if isinstance(config, SelectConfig):
+            metrics = stages.select(stages.Select(config, 1), inputs, out, Progress("test"))
+        else:
+            metrics = stages.pairs(stages.Pairs(config, 1), inputs, out, Progress("test"))
+        found.append((metrics, {p.name: pl.read_parquet(p) for p in out.iterdir()}))
+    (expected, all_tables), (metrics, tables) = found
+    assert metrics == {n: v if n == "reasons" else pytest.approx(v) for n, v in expected.items()}
+    assert tables.keys() == all_tables.keys()
+    for name, table in tables.items():
+        by = "pair_id" if name == "pairs.parquet" else "response_id"
+        assert_frame_equal(table.sort(by), all_tables[name].sort(by))

@@ -10,7 +10,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from runs import SMOKE, Finished, Patch, completed
+from runs import SMOKE, Finished, Patch, completed, read_json
 
 
 def tracked(smoke: Finished, folder: Path, logger: str, hook: Patch | None = None) -> Finished:
@@ -127,11 +127,43 @@ def test_wandb_has_the_summary_and_the_samples(logged: list[Any], offline: Finis
     assert len(rows) == min(200, stored.height) and all(r["question"] and r["critique"] for r in rows)
 
 
+def test_wandb_has_what_every_artifact_was_made_from(logged: list[Any], offline: Finished) -> None:
+    """One W&B artifact per stage of lineage.json, with its manifest and the keys of its inputs."""
+    lineage = read_json(offline.out / "lineage.json")
+    found = [r.artifact for r in logged if r.WhichOneof("record_type") == "artifact"]
+    names = {f"{entry['stage']}-{entry['key']}" for entry in lineage.values()}
+    stages = [a for a in found if a.type != "run_table"]
+    assert {a.name for a in stages} == names and len(stages) == len(names)
+    (policy,) = (json.loads(a.metadata) for a in stages if a.type == "dpo")
+    inputs = {role: "pool_dpo" if role == "responses" else role for role in policy["inputs"]} | {
+        "model": "rft"
+    }
+    assert policy["inputs"] == {role: lineage[name]["key"] for role, name in inputs.items()}
+    assert all([c.path for c in a.manifest.contents] == ["manifest.json"] for a in stages)
+
+
+def test_the_points_of_a_sweep_are_a_group_and_a_rerun_is_the_same_wandb_run(
+    smoke: Finished, tmp_path: Path, logged: list[Any]
+) -> None:
+    words = ("-m", *SMOKE, f"store={smoke.store}", "logger=wandb", "until=gate", "pairs.build.margin=0.5,1")
+    found = []
+    for folder in (tmp_path / "first", tmp_path / "again"):
+        swept = completed(folder, *words)
+        paths = sorted(swept.out.glob("*/wandb/offline-run-*/run-*.wandb"))
+        runs = [next(r.run for r in records(p) if r.WhichOneof("record_type") == "run") for p in paths]
+        assert [(r.run_group, r.display_name) for r in runs] == [
+            ("smoke", "smoke-seed0-0"), ("smoke", "smoke-seed0-1")
+        ]  # fmt: skip
+        found.append([r.run_id for r in runs])
+    (whole, *_) = [r.run for r in logged if r.WhichOneof("record_type") == "run"]
+    assert found[0] == found[1] and len({*found[0], whole.run_id}) == 3
+
+
 def broken(*arguments: Any, **named: Any) -> None:
     raise ConnectionError("W&B is down")
 
 
-@pytest.mark.parametrize("target", ["wandb.init", "wandb.sdk.wandb_run.Run.log"])
+@pytest.mark.parametrize("target", ["wandb.init", "wandb.sdk.wandb_run.Run.log", "wandb.Artifact"])
 def test_a_failing_wandb_never_stops_a_run(smoke: Finished, tmp_path: Path, target: str) -> None:
     finished = tracked(smoke, tmp_path, "wandb", Patch(target, broken))
     assert finished.stderr.count("WARNING: logging stopped, the run goes on: ConnectionError") == 1

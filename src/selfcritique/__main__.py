@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Sequence
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,6 +20,7 @@ HELP = """selfcritique: the Self-Critique pipeline for mathematical reasoning
   selfcritique experiment=demo until=pairs   run up to a stage
   selfcritique experiment=demo dpo.loss.lam=0.5 seed=1     change any setting
   selfcritique -m experiment=demo seed=0,1,2               sweep; the points share their stages
+  selfcritique tune experiment=demo trials=30              search λ, β and others (conf/tune.yaml) on dev
   selfcritique store ls|gc|pin KEY|unpin KEY [--store DIR] [--all] the artifacts and their disk
   selfcritique compare 'runs=[outputs/demo/*]' [metric=maj@4] [diffs=3]  side by side; differing answers
   selfcritique critic-card critic=RUN [set=FOLDER]   a critic by itself: how good, how slow, how easily fooled
@@ -34,14 +36,12 @@ Settings: conf/, documented in src/selfcritique/config.py. Groups: {groups}.
 Experiments: {experiments}.
 """
 _failed: list[str] = []  # points of this process that stopped with an error
-_sweeps: dict[str, None] = {}  # folders of sweeps that had points in this process
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; exits non-zero if anything failed."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     _failed.clear()
-    _sweeps.clear()
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # progress is ours
     try:
         if not words or words[0] in ("-h", "--help", "help"):
@@ -71,7 +71,7 @@ def _help() -> str:
         if folder.is_dir()
     }
     experiments = ", ".join(names.pop("experiment", []))
-    groups = ", ".join(f"{group}={'|'.join(options)}" for group, options in names.items())
+    groups = ", ".join(f"{group}={'|'.join(options)}" for group, options in names.items() if options)
     return HELP.format(groups=groups, experiments=experiments)
 
 
@@ -94,8 +94,6 @@ def _hydra(words: list[str]) -> None:
                 words = [*words, f"hydra.run.dir={nowhere}", f"hydra.sweep.dir={nowhere}"]
             sys.argv = ["selfcritique", *words]
             hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(_point)()
-            for folder in _sweeps:
-                _report_sweep(Path(folder))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error)) from None
     except YAMLError as error:  # names the file and the line
@@ -122,34 +120,67 @@ def _explain(error: BaseException) -> str:
 
 
 def _point(composed: Any) -> None:
-    """One run or sweep point. Its errors are said and remembered, so that the other points go on."""
+    """A run, or a job of a sweep in a process of its own; what a sweep's jobs raise, the sweep reports."""
     from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
+    from omegaconf import OmegaConf
 
     from selfcritique.config import to_run_config
 
     hydra_config = HydraConfig.get()
+    run, out = to_run_config(composed), Path(hydra_config.runtime.output_dir)
+    if OmegaConf.is_missing(hydra_config.job, "num"):
+        _set_threads(run.threads)
+        _run(run, out)
+        return
+    from selfcritique.sweep import SHARED
+
+    job = SHARED if hydra_config.job.name == SHARED else out.name
     try:
-        run = to_run_config(composed)
-        cores = len(os.sched_getaffinity(0))
-        jobs = max(1, int(hydra_config.launcher.get("n_jobs") or 1))
-        os.environ["OMP_NUM_THREADS"] = str(run.threads or max(1, cores // jobs))  # before torch is imported
-        if hydra_config.mode is RunMode.MULTIRUN and not run.plan:
-            _sweeps[hydra_config.sweep.dir] = None
-        _run(run, Path(hydra_config.runtime.output_dir))
+        if "RayLauncher" in hydra_config.launcher._target_:  # has made a process for it
+            _set_threads(run.threads)
+            _run(run, out, job)
+        else:
+            _run_apart(run, out, job)
     except UserError as error:
-        _failed.append(_say(error))
+        print(f"{out} stopped: {error}", file=sys.stderr, flush=True)
+        raise
 
 
-def _report_sweep(folder: Path) -> None:
-    from selfcritique.results import load_runs
-    from selfcritique.sections import write_report
+def _set_threads(threads: int) -> None:
+    """For all that computes; torch reads the environment when it is imported, and may have been already."""
+    os.environ["OMP_NUM_THREADS"] = str(threads or len(os.sched_getaffinity(0)))
+    if "torch" in sys.modules:
+        import torch
 
-    if any(folder.glob("*/summary.json")):
-        print(f"Report of the sweep: {write_report(load_runs(f'{folder}/*'))}")
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
-def _run(run: Any, out: Path) -> None:
+def _run_apart(run: Any, out: Path, job: str = "") -> None:
+    """In a process of its own; raises UserError if it did not finish."""
+    from selfcritique.sweep import isolated
+
+    def work() -> None:
+        _set_threads(run.threads)
+        _run(run, out, job)
+
+    _set_threads(run.threads)
+    _import_what_runs(run)
+    isolated(work)
+
+
+def _import_what_runs(run: Any) -> None:
+    """Once, for all of a sweep's points that this process forks."""
+    from selfcritique.artifacts import Store
+    from selfcritique.pipeline import build, plan
+
+    if all(row.hit for row in plan(build(run), Store(Path(run.store)), run.until)):
+        return
+    for name in ("engine.hf", "train.fit", "train.tiny", "report", "sections"):
+        import_module(f"selfcritique.{name}")
+
+
+def _run(run: Any, out: Path, job: str = "") -> None:
+    """job: of a sweep, the point's folder; `shared` only makes artifacts that several points need."""
     from omegaconf import OmegaConf
     from rich.console import Console
 
@@ -167,13 +198,17 @@ def _run(run: Any, out: Path) -> None:
         if shape is not None:
             console.print(cost.describe(cost.estimate(graph, shape, run.until)))
         return
+    if job == "shared":
+        with full_disk_is_user_error(out):
+            execute(graph, store, run.until)
+        return
     from selfcritique import report, results, sections
     from selfcritique.tracker import Tracking
 
     with full_disk_is_user_error(out):
         out.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(OmegaConf.structured(run), out / "config.yaml")
-        tracking = Tracking(run, out)
+        tracking = Tracking(run, out, job)
         start = time.monotonic()
 
         def finished(node: Any, artifact: Any) -> None:
@@ -183,7 +218,7 @@ def _run(run: Any, out: Path) -> None:
         summary = report.summarise(run, graph, done, code_version(), time.monotonic() - start)
         report.write(out, summary, done)
         whole = results.load_run(out, run.store)
-        tracking.finish(summary, results.sample_table(whole))
+        tracking.finish(summary, results.sample_table(whole), done)
         sections.write_report([whole])
     report.show(summary, out, console)
 
@@ -247,6 +282,20 @@ def _annotate(words: list[str]) -> None:
     marks = {str(path): sheets.read_sheet(path, scored) for path in paths}
     print(sheets.markdown(sheets.agreement(marks, scored)))
     print(f"{sheets.write_annotations(list(marks.values()), out)} marked responses of {stage}: {out}")
+
+
+def _tune(words: list[str]) -> None:
+    try:
+        from selfcritique.tune import tune
+    except ModuleNotFoundError as error:
+        raise UserError(f"tune wants Optuna ({error}): pip install -r requirements-dev.txt.") from None
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        tune(words, CONF, _run_apart)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"tune: {_explain(error)}") from None
 
 
 def _critic_card(words: list[str]) -> None:
@@ -365,6 +414,7 @@ _COMMANDS = {
     "evaluate": _evaluate,
     "report": _report,
     "store": _store,
+    "tune": _tune,
     "why": _why,
 }
 

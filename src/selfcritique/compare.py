@@ -15,7 +15,8 @@ import polars as pl
 
 from selfcritique.artifacts import MANIFEST
 from selfcritique.errors import UserError
-from selfcritique.evaluate import adjust, compare_models, compare_seeds, measure
+from selfcritique.evaluate import adjust, compare_models, compare_seeds, measure, problem_values
+from selfcritique.stats import seeds_interval
 
 AGAINST = ("base", "sft", "rft")  # models of the first experiment that the others are compared with
 
@@ -148,3 +149,61 @@ def _interval(row: Mapping[str, Any], digits: int, sign: str = "", value: str = 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+
+
+# ---- a sweep -------------------------------------------------------------------------------------------
+
+
+def settings(
+    points: Sequence[tuple[Path, Mapping[str, str]]], store: Path, metric: str = "accuracy"
+) -> list[dict[str, Any]]:
+    """One row per setting of a sweep (its points but for the seed): the last model it trained.
+
+    points: (run folder, what the sweep varies). value, low, high: over the seeds, as in `compare_seeds`.
+    best: the difference to the setting with the highest value, Holm-adjusted; None for that setting itself.
+    """
+    found: dict[tuple[tuple[str, str], ...], Model] = {}
+    for folder, label in points:
+        summary, lineage = (json.loads((folder / f"{n}.json").read_text()) for n in ("summary", "lineage"))
+        if summary["models"]:
+            name = list(summary["models"])[-1]
+            setting = tuple((k, v) for k, v in label.items() if k != "seed")
+            model = found.setdefault(setting, Model(name))
+            path = store / "evaluate" / lineage[f"eval_{name}"]["key"] / "eval.parquet"
+            model.rows[summary["seed"]] = pl.read_parquet(path)
+    rows = [{"setting": dict(s), "model": m.name, **_over_seeds(m, metric)} for s, m in found.items()]
+    if not rows:
+        return rows
+    models = list(found.values())
+    best = models[max(range(len(rows)), key=lambda i: rows[i]["value"])]
+    others = {i: m for i, m in enumerate(models) if m is not best and m.rows.keys() <= best.rows.keys()}
+    against = [
+        compare_seeds(list(m.rows.values()), [best.rows[seed] for seed in m.rows], metric, "setting", "best")
+        for m in others.values()
+    ]
+    compared = dict(zip(others, adjust(against), strict=True))
+    return [{**row, "best": compared.get(i)} for i, row in enumerate(rows)]
+
+
+def _over_seeds(model: Model, metric: str) -> dict[str, Any]:
+    values = {seed: measure(rows, metric) for seed, rows in model.rows.items()}
+    if len(values) == 1:
+        (found,) = values.values()
+        return {**found, "seeds": list(values)}
+    per_problem = [problem_values(rows, metric)["value"].to_numpy() for rows in model.rows.values()]
+    same = len({len(v) for v in per_problem}) == 1
+    over = seeds_interval(per_problem if same else [v.mean() for v in per_problem])
+    return {"value": over.delta, "low": over.low, "high": over.high, "seeds": list(values)}
+
+
+def settings_markdown(rows: Sequence[Mapping[str, Any]], metric: str = "accuracy") -> str:
+    head = [*rows[0]["setting"], "model", "seeds", f"{metric}, %", "− best, points", "p (Holm)", "finding"]
+    lines = []
+    for row in rows:
+        best = row["best"]
+        beside = ["", "", "best"]
+        if best:
+            beside = [_interval(best, 1, "+", "delta"), f"{best['p_adjusted']:.2g}", best["finding"]]
+        cells = [*row["setting"].values(), row["model"], str(len(row["seeds"])), _interval(row, 1)]
+        lines.append([*cells, *beside])
+    return markdown_table(head, lines)

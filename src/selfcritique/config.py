@@ -699,7 +699,7 @@ class RunConfig:
     name: str = "run"
     seed: int = 0
     seed_from: str = ""  # a stage: only it and what follows vary with `seed`; empty: all do
-    until: str = ""  # a stage: run it and what it needs; empty: everything
+    until: str = ""  # a stage, or 'several,of,them': run it and what it needs; empty: everything
     plan: bool = False  # show the stages with their keys and run nothing
     threads: int = _how(0)  # 0: cores divided by concurrent points
     store: str = _how("store")
@@ -733,8 +733,14 @@ class RunConfig:
 
 
 def register() -> None:
-    """Make the schema known to Hydra."""
-    ConfigStore.instance().store(name="base_config", node=RunConfig)
+    """Make the schema, and the plugins that Hydra is to use by name, known to it."""
+    store = ConfigStore.instance().store
+    store(name="base_config", node=RunConfig)
+    plugins = "hydra_plugins.selfcritique_plugins"
+    sweeper = {"_target_": f"{plugins}.SharingSweeper", "max_batch_size": None, "params": None}
+    store(group="hydra/sweeper", name="sharing", node=sweeper)
+    ray = {"_target_": f"{plugins}.RayLauncher", "num_cpus": 1, "num_gpus": 0}
+    store(group="hydra/launcher", name="ray", node=ray)
 
 
 def to_run_config(composed: DictConfig) -> RunConfig:

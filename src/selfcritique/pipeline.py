@@ -101,13 +101,15 @@ class Graph:
         return self.nodes[name]
 
     def needed(self, until: str) -> list[Node]:
-        """The nodes that `until` needs, itself last, with the gates on the way; all of them for ''."""
-        for name in filter(None, (until, self.run.seed_from)):
+        """The nodes that `until` (a stage, or several with commas) needs, with the gates on the way; all of
+        them for ''."""
+        last = until.split(",") if until else []
+        for name in filter(None, (*last, self.run.seed_from)):
             if name not in self.nodes:
                 raise UserError(f"There is no stage {name!r} in this run; there are {', '.join(self.nodes)}.")
         if not until:
             return list(self.nodes.values())
-        wanted, found = set[str](), [until]
+        wanted, found = set[str](), last
         while found:
             name = found.pop()
             if name not in wanted:
@@ -298,7 +300,7 @@ def _past_seconds(store: Store, names: Iterable[str]) -> dict[str, float]:
 
 
 def execute(
-    graph: Graph, store: Store, until: str, finished: Callable[[Node, Artifact], None]
+    graph: Graph, store: Store, until: str, finished: Callable[[Node, Artifact], None] = lambda *_: None
 ) -> dict[str, Artifact]:
     """Every needed stage from the store or run now; `finished` hears of each. Stops at a failed gate, and
     where too many critiques have no score."""

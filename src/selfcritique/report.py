@@ -5,7 +5,8 @@ artifacts that `lineage.json` names.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -197,4 +198,32 @@ def show_plan(rows: list[PlanRow], console: Console) -> None:
         f"{len(missing)} of {len(rows)} stages would run, about {duration(known)} by this store's past stages"
         f"{f' and {unknown} never timed here' if unknown else ''}; "
         f"{sum(row.bytes for row in rows) / 2**20:.1f} MiB stand."
+    )
+
+
+def show_sweep_plan(points: Sequence[Sequence[PlanRow]], console: Console) -> None:
+    """What a sweep would do: every stage of any of its points once, however many need it."""
+    stages: dict[str, dict[str, PlanRow]] = {}
+    needing = Counter(row.name for rows in points for row in rows)
+    for row in (row for rows in points for row in rows):
+        stages.setdefault(row.name, {})[row.key] = row
+    table = Table(title=f"Plan of {len(points)} points: nothing is run", title_justify="left")
+    for column in ("stage", "points", "keys", "runs", "work", "time"):
+        table.add_column(column, no_wrap=True)
+    once = {row.key: row for rows in stages.values() for row in rows.values()}
+    for name, rows in stages.items():
+        missing = [row for row in rows.values() if not row.hit]
+        work = " or ".join(sorted({row.work for row in rows.values()}))
+        known = duration(sum(row.seconds or 0.0 for row in missing))
+        time = "" if not missing else "?" if any(row.seconds is None for row in missing) else f"~{known}"
+        cells = (needing[name], len(rows), len(missing))
+        table.add_row(name, *map(str, cells), work, time)
+    console.print(table)
+    missing = [row for row in once.values() if not row.hit]
+    alone = sum(not row.hit for rows in points for row in rows)
+    unknown = sum(row.seconds is None for row in missing)
+    console.print(
+        f"{len(missing)} of {len(once)} stages would run (each point by itself: {alone}), about "
+        f"{duration(sum(row.seconds or 0.0 for row in missing))} by this store's past stages"
+        f"{f' and {unknown} never timed here' if unknown else ''}."
     )

@@ -10,6 +10,8 @@ Everything is a Polars expression over the whole table, nothing depends on the o
 chance is arithmetic on response ids and a seed.
 """
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -35,6 +37,15 @@ def draw(seed: int, column: str = "response_id") -> pl.Expr:
 
 def _usable() -> pl.Expr:
     return pl.col("score").is_not_null() & ~pl.col("truncated")
+
+
+def wants_whole_pool(config: SelectConfig | PairConfig) -> bool:
+    """Whether one question's outcome depends on other questions'; else a pool may go through in parts."""
+    if config.by is SelectBy.shuffled or config.selection is Selection.paper:
+        return True
+    if isinstance(config, PairConfig):
+        return False
+    return config.by is SelectBy.random or config.even_clusters or config.fixed_yield is not None
 
 
 def _judged(pool: pl.LazyFrame, by: SelectBy, seed: int) -> pl.LazyFrame:
@@ -206,13 +217,8 @@ def pair_reasons(pool: pl.LazyFrame, pairs: pl.LazyFrame, config: PairConfig, se
 # ---- reports -------------------------------------------------------------------------------------------
 
 
-def selection_report(selected: pl.LazyFrame) -> dict[str, Any]:
-    """Counts by reason, and how right the selection was by the checker.
-
-    precision: share of the selected that are correct; recall: share of the distinct correct texts of each
-    question that were selected; accept_rate: share of responses the critic accepts; yield: share selected;
-    coverage: share of questions with a selected response; diversity: distinct equation lists per accepted.
-    """
+def selection_counts(selected: pl.LazyFrame) -> dict[str, int]:
+    """What `selection_report` sums over parts of a pool: counts, `reason_*` among them."""
     correct = pl.col("verdict") == "correct"
     accepted = ~pl.col("reason").is_in(["unparsed", "truncated", "below_threshold"])
     text = pl.struct("problem_id", "text_hash")
@@ -228,8 +234,20 @@ def selection_report(selected: pl.LazyFrame) -> dict[str, Any]:
         correct_texts=text.filter(correct).n_unique(),
         correct_texts_selected=text.filter(pl.col("selected") & correct).n_unique(),
     ).collect()
-    f = figures.row(0, named=True)
-    reasons = selected.group_by("reason").len().sort("reason").collect()
+    reasons = selected.group_by("reason").len().collect()
+    return figures.row(0, named=True) | {f"reason_{reason}": n for reason, n in reasons.iter_rows()}
+
+
+def selection_report(parts: Sequence[Mapping[str, int]]) -> dict[str, Any]:
+    """Counts by reason, and how right the selection was by the checker.
+
+    parts: `selection_counts` of disjoint sets of questions.
+    precision: share of the selected that are correct; recall: share of the distinct correct texts of each
+    question that were selected; accept_rate: share of responses the critic accepts; yield: share selected;
+    coverage: share of questions with a selected response; diversity: distinct equation lists per accepted.
+    """
+    f = sum(map(Counter, parts), Counter[str]())  # drops what is 0, and answers 0 for it
+    reasons = {name.removeprefix("reason_"): n for name, n in sorted(f.items()) if name.startswith("reason_")}
     return {
         "responses": f["responses"],
         "selected": f["selected"],
@@ -241,18 +259,23 @@ def selection_report(selected: pl.LazyFrame) -> dict[str, Any]:
         "precision": _share(f["right"], f["selected"]),
         "precision_accepted": _share(f["right_accepted"], f["accepted"]),
         "recall": _share(f["correct_texts_selected"], f["correct_texts"]),
-        "reasons": dict(reasons.iter_rows()),
+        "reasons": reasons,
     }
 
 
-def pairs_report(pool: pl.LazyFrame, pairs: pl.LazyFrame) -> dict[str, Any]:
-    """Number, margins and lengths; precision: share with a correct chosen and an incorrect rejected."""
+def pair_sides(pool: pl.LazyFrame, pairs: pl.LazyFrame) -> pl.DataFrame:
+    """The pairs with the lengths and verdicts of their sides, for `pairs_report`."""
     known = pool.select("response_id", "n_tokens", right=pl.col("verdict") == "correct")
     sides = pairs.join(known, left_on="chosen_id", right_on="response_id").join(
         known, left_on="rejected_id", right_on="response_id", suffix="_rejected"
     )
-    rows = sides.collect()
-    report = rows.select(
+    kept = ("problem_id", "margin", "n_tokens", "n_tokens_rejected", "right", "right_rejected")
+    return sides.select(kept).collect()
+
+
+def pairs_report(sides: pl.DataFrame) -> dict[str, Any]:
+    """Number, margins and lengths; precision: share with a correct chosen and an incorrect rejected."""
+    report = sides.select(
         pairs=pl.len(),
         questions=pl.col("problem_id").n_unique(),
         precision=(pl.col("right") & ~pl.col("right_rejected")).mean(),
@@ -260,7 +283,7 @@ def pairs_report(pool: pl.LazyFrame, pairs: pl.LazyFrame) -> dict[str, Any]:
         rejected_tokens=pl.col("n_tokens_rejected").mean(),
     )
     # fmean is exact whatever the order, which a join does not promise
-    margin = fmean(rows["margin"]) if rows.height else None
+    margin = fmean(sides["margin"]) if sides.height else None
     return report.row(0, named=True) | {"mean_margin": margin}
 
 

@@ -791,6 +791,9 @@ class Select:
     seed: int
 
 
+PART = 100_000  # responses that selection and pairing hold at a time
+
+
 def _pool(inputs: Inputs) -> pl.LazyFrame:
     scored = pl.scan_parquet(inputs["scored"].path / "scored.parquet")
     families = pl.scan_parquet(inputs["problems"].path / "problems.parquet").select(
@@ -799,13 +802,45 @@ def _pool(inputs: Inputs) -> pl.LazyFrame:
     return scored.join(families.unique("problem_id"), on="problem_id", how="left", maintain_order="left")
 
 
+def _parts(inputs: Inputs, whole: bool) -> Iterator[pl.LazyFrame]:
+    """The pool in parts of whole questions that memory holds, or as one."""
+    pool = _pool(inputs)
+    n = 1 if whole else -(-pool.select(pl.len()).collect().item() // PART) or 1
+    for i in range(n):
+        yield (pool.filter(pl.col("problem_id").hash() % n == i) if n > 1 else pool).collect().lazy()
+
+
+class _Parts:
+    """A table that is written part by part."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.written: list[Path] = []
+
+    def append(self, rows: pl.DataFrame) -> None:
+        self.written.append(self.path.with_suffix(f".{len(self.written)}"))
+        rows.write_parquet(self.written[-1])
+
+    def join(self) -> None:
+        if len(self.written) == 1:
+            self.written[0].rename(self.path)
+            return
+        pl.scan_parquet(self.written).sink_parquet(self.path)
+        for part in self.written:
+            part.unlink()
+
+
 def select(config: Select, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
     """selected.parquet: every response with whether it was selected and why (not)."""
-    from selfcritique.select import select_responses, selection_report
+    from selfcritique.select import select_responses, selection_counts, selection_report, wants_whole_pool
 
-    chosen = select_responses(_pool(inputs), config.select, config.seed).collect()
-    chosen.write_parquet(out / "selected.parquet")
-    return selection_report(chosen.lazy())
+    table, counts = _Parts(out / "selected.parquet"), []
+    for pool in _parts(inputs, wants_whole_pool(config.select)):
+        chosen = select_responses(pool, config.select, config.seed).collect()
+        table.append(chosen)
+        counts.append(selection_counts(chosen.lazy()))
+    table.join()
+    return selection_report(counts)
 
 
 @dataclass
@@ -816,19 +851,25 @@ class Pairs:
 
 def pairs(config: Pairs, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
     """pairs.parquet, and reasons.parquet: per response its side, or why it has none."""
-    from selfcritique.select import build_pairs, pair_reasons, pairs_report
+    from selfcritique.select import build_pairs, pair_reasons, pair_sides, pairs_report, wants_whole_pool
 
-    pool = _pool(inputs)
-    built = build_pairs(pool, config.build, config.seed).collect()
-    built.write_parquet(out / "pairs.parquet")
-    reasons = pair_reasons(pool, built.lazy(), config.build, config.seed).collect()
-    reasons.write_parquet(out / "reasons.parquet")
-    if not built.height:
+    made, reasons, sides = _Parts(out / "pairs.parquet"), _Parts(out / "reasons.parquet"), []
+    for pool in _parts(inputs, wants_whole_pool(config.build)):
+        built = build_pairs(pool, config.build, config.seed).collect()
+        made.append(built)
+        reasons.append(pair_reasons(pool, built.lazy(), config.build, config.seed).collect())
+        sides.append(pair_sides(pool, built.lazy()))
+    made.join()
+    reasons.join()
+    rows = pl.concat(sides)
+    if not rows.height:
+        why = pl.scan_parquet(reasons.path)
         raise UserError(
-            f"No pair could be built from {reasons.height:,} responses ({_counts(reasons.lazy())}). Lower "
-            "pairs.build.margin, set pairs.build.threshold between the scores, or raise pairs.sampling.n."
+            f"No pair could be built from {why.select(pl.len()).collect().item():,} responses "
+            f"({_counts(why)}). Lower pairs.build.margin, set pairs.build.threshold between the scores, or "
+            "raise pairs.sampling.n."
         )
-    return pairs_report(pool, built.lazy())
+    return pairs_report(rows)
 
 
 def _counts(rows: pl.LazyFrame) -> str:

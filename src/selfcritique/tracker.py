@@ -13,7 +13,9 @@ from typing import Any, Protocol
 
 import polars as pl
 
+from selfcritique.artifacts import MANIFEST, Artifact
 from selfcritique.config import Logger, RunConfig, key_part
+from selfcritique.records import content_id
 
 
 class Tracker(Protocol):
@@ -21,14 +23,18 @@ class Tracker(Protocol):
         """Per-step figures of one stage."""
         ...
 
-    def finish(self, summary: Mapping[str, Any], samples: pl.DataFrame | None) -> None: ...
+    def finish(
+        self, summary: Mapping[str, Any], samples: pl.DataFrame | None, made: Mapping[str, Artifact]
+    ) -> None: ...
 
 
 class _Nothing:
     def log(self, stage: str, rows: Sequence[Mapping[str, Any]]) -> None:
         return
 
-    def finish(self, summary: Mapping[str, Any], samples: pl.DataFrame | None) -> None:
+    def finish(
+        self, summary: Mapping[str, Any], samples: pl.DataFrame | None, made: Mapping[str, Artifact]
+    ) -> None:
         return
 
 
@@ -50,18 +56,25 @@ class _Csv(_Nothing):
 
 
 class _Wandb:
-    """A W&B run, offline unless the user says otherwise (WANDB_MODE) or is logged in."""
+    """A W&B run, offline unless the user says otherwise (WANDB_MODE) or is logged in.
 
-    def __init__(self, run: RunConfig, out: Path) -> None:
+    Its id follows from the settings: the same command, run again after a kill, continues the same W&B run.
+    An experiment is a group, whose members are its seeds and sweep points.
+    """
+
+    def __init__(self, run: RunConfig, out: Path, point: str) -> None:
         import wandb
 
+        config = key_part(run)
         mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
         self.wandb = wandb
         self.run = wandb.init(
             project="selfcritique",
+            id=content_id(json.dumps(config, sort_keys=True)),
+            resume="allow",
             group=run.name,
-            name=f"{run.name}-seed{run.seed}",
-            config=key_part(run),
+            name="-".join(filter(None, (run.name, f"seed{run.seed}", point))),
+            config=config,
             dir=str(out),
             mode=mode,  # type: ignore[arg-type]
             settings=wandb.Settings(silent=True, console="off"),
@@ -69,29 +82,41 @@ class _Wandb:
 
     def log(self, stage: str, rows: Sequence[Mapping[str, Any]]) -> None:
         self.run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+        known = self.run.summary.get(f"{stage}/step", 0)  # of a resumed run, logged before
         for row in rows:
-            self.run.log({f"{stage}/{name}": value for name, value in row.items() if _is_number(value)})
+            if row["step"] > known:
+                self.run.log({f"{stage}/{name}": value for name, value in row.items() if _is_number(value)})
 
-    def finish(self, summary: Mapping[str, Any], samples: pl.DataFrame | None) -> None:
+    def finish(
+        self, summary: Mapping[str, Any], samples: pl.DataFrame | None, made: Mapping[str, Artifact]
+    ) -> None:
         self.run.summary.update(
             {k: summary[k] for k in ("models", "critic", "selection", "pairs") if k in summary}
         )
         if samples is not None:
             rows = [list(row) for row in samples.iter_rows()]
             self.run.log({"samples": self.wandb.Table(columns=list[str | int](samples.columns), data=rows)})
+        for name, artifact in made.items():
+            manifest = artifact.manifest
+            inputs = {role: source["key"] for role, source in manifest["inputs"].items()}
+            about = {"name": name, "key": artifact.key, "digest": artifact.digest, "inputs": inputs}
+            logged = self.wandb.Artifact(f"{artifact.stage}-{artifact.key}", artifact.stage, metadata=about)
+            logged.add_file(str(artifact.path / MANIFEST))
+            self.run.log_artifact(logged)
         self.run.finish()
 
 
 class Tracking:
     """metrics.jsonl first, then the chosen tracker; a tracker that fails is dropped with one warning."""
 
-    def __init__(self, run: RunConfig, out: Path) -> None:
+    def __init__(self, run: RunConfig, out: Path, point: str = "") -> None:
+        """point: of a sweep."""
         self.path = out / "metrics.jsonl"
         self.tracker: Tracker = _Nothing()
         makers: dict[Logger, Callable[[], Tracker]] = {
             Logger.none: _Nothing,
             Logger.csv: lambda: _Csv(out),
-            Logger.wandb: lambda: _Wandb(run, out),
+            Logger.wandb: lambda: _Wandb(run, out, point),
         }
         self._try(lambda: setattr(self, "tracker", makers[run.logger]()))
 
@@ -100,8 +125,10 @@ class Tracking:
             lines.writelines(json.dumps({"stage": stage, **row}) + "\n" for row in rows)
         self._try(lambda: self.tracker.log(stage, rows))
 
-    def finish(self, summary: Mapping[str, Any], samples: pl.DataFrame | None) -> None:
-        self._try(lambda: self.tracker.finish(summary, samples))
+    def finish(
+        self, summary: Mapping[str, Any], samples: pl.DataFrame | None, made: Mapping[str, Artifact]
+    ) -> None:
+        self._try(lambda: self.tracker.finish(summary, samples, made))
 
     def _try(self, action: Any) -> None:
         try:

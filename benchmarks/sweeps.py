@@ -1,0 +1,59 @@
+"""A small λ × β sweep: its wall time over what its stages took, each counted once, and against separate runs.
+
+The stages' times are those in the manifests of the sweep's own store: what is shared, and what each point has
+for itself. All else (imports, composing, waiting, reports) is the sweep's overhead. Separate runs are two of
+the points from empty stores, taken as the cost of each.
+"""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import fmean
+from tempfile import TemporaryDirectory
+
+from run import Measured
+
+from selfcritique.artifacts import Store
+
+LAMS, BETAS = (0.5, 1, 1.5), (0.5, 1)
+WORDS = (
+    "experiment=demo",
+    "arms=[]",
+    "data.splits={base_train:200,critic_train:400,critic_dev:200,pool_rft:600,pool_dpo:600,dev:20,test:3000}",
+    "model.sft.epochs=20",
+    "critic.ask={mode:logit,samples:1,temperature:0.0}",
+    "critic.gate.on_fail=warn",
+    "rft.select={threshold:1,by:random}",
+    "pairs.build={threshold:5.5,by:random}",
+)
+
+
+def seconds(folder: Path, *words: str) -> float:
+    """Of the whole command in an empty folder."""
+    folder.mkdir()
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "selfcritique", *WORDS, *words], cwd=folder, check=True)
+    return time.perf_counter() - start
+
+
+def measure() -> Measured:
+    with TemporaryDirectory() as root:
+        grid = [f"dpo.loss.{k}={','.join(map(str, v))}" for k, v in (("lam", LAMS), ("beta", BETAS))]
+        sweep = Path(root) / "sweep"
+        took = seconds(sweep, "-m", *grid)
+        store = Store(sweep / "store")
+        stages = {row["stage"] for row in store.ls()}
+        made = [artifact for stage in stages for artifact in store.completed(stage)]
+        alone = [
+            seconds(Path(root) / f"{lam}", f"dpo.loss.lam={lam}", f"dpo.loss.beta={beta}")
+            for lam, beta in ((LAMS[0], BETAS[0]), (LAMS[-1], BETAS[-1]))
+        ]
+    points = len(LAMS) * len(BETAS)
+    about = {
+        "points": points,
+        "sweep, s": round(took, 1),
+        "separate runs over the sweep": round(points * fmean(alone) / took, 2),
+    }
+    ratio = took / sum(artifact.wall_s for artifact in made)
+    return Measured(ratio, ratio, ratio, "times the stages' own time", "each distinct stage once", about)
