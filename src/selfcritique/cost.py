@@ -104,8 +104,8 @@ def _costs(run: RunConfig, node: Node, shape: ShapeConfig) -> Iterator[Cost]:
         if "responses" in source.inputs and isinstance(source.config, stages.CriticData):
             pool, data = source.inputs["responses"], source.config.data
             marked = answers(pool, run.data.splits) * (1 + data.corruptions)
-            n = min(marked, data.max_examples or marked)
-            yield train(config.train, n, _critique_prompt(run, pool), LENGTH * run.critic.ask.max_tokens)
+            taught = min(marked, data.max_examples or marked)
+            yield train(config.train, taught, _critique_prompt(run, pool), LENGTH * run.critic.ask.max_tokens)
         else:
             pools = [pool for role, pool in source.inputs.items() if role.startswith("responses")]
             accepted = YIELD * sum(answers(pool, run.data.splits) for pool in pools)
