@@ -163,7 +163,7 @@ def broken(*arguments: Any, **named: Any) -> None:
     raise ConnectionError("W&B is down")
 
 
-@pytest.mark.parametrize("target", ["wandb.init", "wandb.sdk.wandb_run.Run.log", "wandb.Artifact"])
+@pytest.mark.parametrize("target", ["wandb.init", "wandb.sdk.wandb_run.Run.log", "wandb.Artifact.add_file"])
 def test_a_failing_wandb_never_stops_a_run(smoke: Finished, tmp_path: Path, target: str) -> None:
     finished = tracked(smoke, tmp_path, "wandb", Patch(target, broken))
     assert finished.stderr.count("WARNING: logging stopped, the run goes on: ConnectionError") == 1

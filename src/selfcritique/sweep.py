@@ -155,6 +155,10 @@ def _run(points: Sequence[Point], launcher: Any, config: Mapping[str, Any]) -> d
         outcomes = submit(launcher, jobs, [words(job, 1) for job in jobs])
     else:
         outcomes = _in_waves(launcher, jobs, words)
+    if "n_jobs" in config:
+        from joblib.externals.loky import get_reusable_executor
+
+        get_reusable_executor().shutdown()  # its idle workers would stay for five minutes
     return {min(job.points): outcomes[i] for i, job in enumerate(jobs) if len(job.points) == 1}
 
 
