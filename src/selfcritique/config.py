@@ -152,6 +152,26 @@ class Schedule(StrEnum):
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank updates (arXiv 2106.09685), trained in place of the weights."""
+
+    rank: int = 0  # 0: all weights are trained
+    alpha: int = 32  # the update is scaled by alpha / rank
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=list)  # names of layers; empty: all linear ones but the head
+    quantize: bool = False  # QLoRA: frozen weights in 4 bits; CUDA with bitsandbytes, not run yet
+
+    def __post_init__(self) -> None:
+        check(
+            self,
+            rank=self.rank < 0 and "at least 0 (0: all weights are trained)",
+            alpha=self.alpha < 1 and "at least 1",
+            dropout=not 0 <= self.dropout < 1 and "at least 0 and below 1",
+            quantize=self.quantize and not self.rank and "false with rank 0",
+        )
+
+
+@dataclass
 class TrainConfig:
     """One optimisation: AdamW, a schedule, and the shape of its batches."""
 
@@ -164,6 +184,7 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     grad_clip: float = 1.0
+    lora: LoraConfig | None = None  # null: as model.lora; rank 0: none
 
     def __post_init__(self) -> None:
         if pending(self):
@@ -263,6 +284,7 @@ class ModelConfig:
     path: str = ""
     tiny: TinyConfig = field(default_factory=TinyConfig)
     sft: TrainConfig | None = None  # SFT on the reference solutions of base_train; null: as it is
+    lora: LoraConfig = field(default_factory=LoraConfig)  # of every training that has none of its own
     prompts: PromptStyle = PromptStyle.instruct
     trust_remote_code: bool = False
 
@@ -727,6 +749,10 @@ class RunConfig:
             raise UserError(
                 "model.sft is null, but a model trained from scratch needs it; set model.path or model.sft."
             )
+        for train in (self.model.sft, self.critic.train, self.rft.train, self.dpo.train):
+            if train is not None:
+                lora = train.lora or self.model.lora
+                train.lora = lora if lora.rank and (train is not self.model.sft or self.model.path) else None
 
 
 def register() -> None:

@@ -192,7 +192,9 @@ def build(run: RunConfig) -> Graph:
             f"pairs{mark}", PAIRS, stages.Pairs(run.pairs.build, 0), problems=problems, scored=scored
         )
         texts = {"model": rft, "problems": problems, "responses": responses, "pairs": paired}
-        frozen = g.add(f"reference{mark}", REFERENCE, stages.ReferenceLogps(run.trainer, style), **texts)
+        lora = run.dpo.train.lora
+        before = stages.ReferenceLogps(run.trainer, style, lora is not None and lora.quantize)
+        frozen = g.add(f"reference{mark}", REFERENCE, before, **texts)
         merged = stages.Dpo(run.dpo.loss, run.dpo.train, run.trainer, style, 0)
         policy = g.add(f"dpo{mark}", DPO, merged, reference=frozen, **texts)
         g.models |= {f"rft{mark}": rft, f"dpo{mark}": policy}

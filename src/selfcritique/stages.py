@@ -19,6 +19,7 @@ from typing import Any
 import polars as pl
 
 from selfcritique.artifacts import Artifact, Journal, write_json
+from selfcritique.checkpoints import plain_checkpoint
 from selfcritique.config import (
     AnnotatorConfig,
     AskConfig,
@@ -391,6 +392,7 @@ def token_pairs(style: PromptStyle, inputs: Inputs) -> list[Any]:
 class ReferenceLogps:
     trainer: TrainerConfig
     style: PromptStyle
+    quantize: bool  # as the policy that starts from it
 
 
 def reference_logps(config: ReferenceLogps, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
@@ -398,7 +400,7 @@ def reference_logps(config: ReferenceLogps, inputs: Inputs, out: Path, progress:
     from selfcritique.train import fit
 
     pairs = token_pairs(config.style, inputs)
-    logps = fit.reference_logps(config.trainer, inputs["model"].path, pairs, progress)
+    logps = fit.reference_logps(config.trainer, inputs["model"].path, pairs, progress, config.quantize)
     logps.save(out / "reference.safetensors")
     return {"pairs": len(pairs)}
 
@@ -430,16 +432,17 @@ def dpo(config: Dpo, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
 @contextmanager
 def open_engine(config: EngineConfig, model: Path | None) -> Iterator[Any]:
     """The engine with a checkpoint; a server may name its model itself."""
+    plain = None if model is None else plain_checkpoint(model)
     if config.server is not None:
         from selfcritique.engine.openai import OpenAIEngine
 
-        with OpenAIEngine(config.server, model) as engine:
+        with OpenAIEngine(config.server, plain) as engine:
             yield engine
         return
     from selfcritique.engine.hf import HfEngine
 
-    assert model is not None
-    with HfEngine(model, config.max_batch_tokens, config.dtype, config.device) as engine:
+    assert plain is not None
+    with HfEngine(plain, config.max_batch_tokens, config.dtype, config.device) as engine:
         yield engine
 
 

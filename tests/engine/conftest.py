@@ -8,7 +8,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
-WORDS = [*"abcdefghijklmnop", *map(str, range(10)), "Score", ":", "\n", "<", ">", "/", "|", "+", "="]
+WORDS = [*"abcdefghijklmnop", *map(str, range(10)), "Score", ":", "\n", "<", ">", "/", "|", "+", "=", "三",
+         "é", "½", "😀"]  # fmt: skip
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -42,6 +43,7 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=32,  # the least that vLLM runs
         max_position_embeddings=128,
         initializer_range=0.3,
         bos_token_id=1,

@@ -26,8 +26,10 @@ from selfcritique.engine.base import (
     ContinuationScores,
     SamplingParams,
     ScoreBatch,
+    check_context,
 )
 from selfcritique.errors import UserError
+from selfcritique.prompts import PromptEncoder
 from selfcritique.records import Prompt, content_id
 
 T = TypeVar("T")
@@ -48,12 +50,17 @@ class _Request:
 
 
 class OpenAIEngine:
-    """The model that `server` names; else the one that it serves under the name of the `checkpoint` folder."""
+    """The model that `server` names, asked in chats; else the one that it serves under the name of the
+    `checkpoint` folder, asked in tokens as training spells them (vLLM, SGLang)."""
 
     def __init__(self, server: ServerConfig, checkpoint: Path | None = None) -> None:
         self.server = server
-        self.checkpoint = checkpoint
-        self.model = server.model or str(checkpoint or "")
+        self.model = server.model or str(checkpoint)
+        self.chats = bool(server.model)
+        if not self.chats:
+            if checkpoint is None:
+                raise UserError(f"The server {server.url} is told no model's name: set server.model.")
+            self.encoder, self.context = _tokenizer(checkpoint)
         self.key = os.environ.get(server.key_env, "")
         self.pace = Pace(server.requests_per_minute, server.tokens_per_minute)
         self.kept = _Replies(server.cache)
@@ -84,20 +91,19 @@ class OpenAIEngine:
 
         Equal greedy prompts share one.
         """
-        greedy = params.temperature == 0
         asked: dict[str, tuple[dict[str, Any], list[tuple[int, int]]]] = {}
-        for i, prompt in enumerate(prompts):
+        for i, body in enumerate(self._bodies(prompts, params)):
             for sample in range(params.n):
-                body = self._chat(prompt, params)
-                if not greedy:
-                    body["seed"] = int(content_id(params.seed, i, sample)[:7], 16)  # 28 bits: any server's int
-                name = json.dumps(body) if greedy else f"{i} {sample}"
-                asked.setdefault(name, (body, []))[1].append((i, sample))
-        requests = [self._request("/chat/completions", body, slots) for body, slots in asked.values()]
-        for request, (text, n_tokens, cut) in self._replies(requests, done, _read_chat):
-            n = min(n_tokens, params.max_tokens)
+                if params.temperature == 0:
+                    asked.setdefault(json.dumps(body), (body, []))[1].append((i, sample))
+                else:
+                    seed = int(content_id(params.seed, i, sample)[:7], 16)  # 28 bits fit any server's integer
+                    asked[f"{i} {sample}"] = {**body, "seed": seed}, [(i, sample)]
+        path = "/chat/completions" if self.chats else "/completions"
+        requests = [self._request(path, body, slots) for body, slots in asked.values()]
+        for request, (text, n_tokens, cut) in self._replies(requests, done, _read_text):
             yield BatchResult(
-                request.batch_id, [Completion(i, sample, text, n, cut) for i, sample in request.slots]
+                request.batch_id, [Completion(i, sample, text, n_tokens, cut) for i, sample in request.slots]
             )
 
     def continuation_logprobs(
@@ -108,8 +114,9 @@ class OpenAIEngine:
         done: Container[str] = frozenset(),
     ) -> Iterator[ScoreBatch]:
         """By vLLM's `logprob_token_ids`: one request a prompt, which the server prefills once."""
-        encoder = self._encoder()
-        given, tails = encoder.candidate_ids(prefix, candidates)
+        if self.chats:
+            raise self._unscored("its tokenizer is not here")
+        given, tails = self.encoder.candidate_ids(prefix, candidates)
         nodes = list(dict.fromkeys(tuple(tail[:i]) for tail in tails for i in range(len(tail))))
         targets = sorted({token for tail in tails for token in tail})
 
@@ -127,7 +134,9 @@ class OpenAIEngine:
             )
 
         requests = []
-        for i, ids in enumerate(encoder.prompt_ids_many(prompts)):
+        rows = self.encoder.prompt_ids_many(prompts)
+        check_context(rows, len(given) + max(map(len, tails)), self.context)
+        for i, ids in enumerate(rows):
             body = {
                 "model": self.model,
                 "prompt": [[*ids, *given, *node] for node in nodes],
@@ -142,20 +151,25 @@ class OpenAIEngine:
             missing = max(0.0, 1.0 - sum(map(exp, logps)))
             yield ScoreBatch(request.batch_id, [ContinuationScores(request.slots[0][0], logps, missing)])
 
-    def _chat(self, prompt: Prompt, params: SamplingParams) -> dict[str, Any]:
-        body: dict[str, Any] = {
+    def _bodies(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[dict[str, Any]]:
+        """What is asked of each prompt, apart from the seed."""
+        body = {
             "model": self.model,
-            "messages": [
-                {"role": m.role, "content": _CONTROL.sub(r"\g<0> ", m.content)} for m in prompt.messages
-            ],
             "max_tokens": params.max_tokens,
             "temperature": params.temperature,
+            "top_p": params.top_p,
         }
-        if params.top_p < 1:
-            body["top_p"] = params.top_p
+        if not self.chats:  # what is said here, the server takes from no generation_config.json
+            ids = self.encoder.prompt_ids_many(prompts)
+            check_context(ids, params.max_tokens, self.context)
+            return [{**body, "prompt": row, "top_k": params.top_k, "repetition_penalty": 1.0} for row in ids]
         if params.top_k:
             body["top_k"] = params.top_k
-        return body
+        talks = [
+            [{"role": m.role, "content": _CONTROL.sub(r"\g<0> ", m.content)} for m in prompt.messages]
+            for prompt in prompts
+        ]
+        return [{**body, "messages": talk} for talk in talks]
 
     def _request(self, path: str, body: Mapping[str, Any], slots: Sequence[tuple[int, int]]) -> _Request:
         given = {name: value for name, value in {**body, **self.server.body}.items() if value is not None}
@@ -168,15 +182,6 @@ class OpenAIEngine:
             content_id("request", path, text, sample, slots),
             content_id(self.server.url, path, text, sample),
         )
-
-    def _encoder(self) -> Any:
-        if self.checkpoint is None:
-            raise self._unscored("its tokenizer is not here")
-        from transformers import AutoTokenizer
-
-        from selfcritique.prompts import PromptEncoder
-
-        return PromptEncoder(AutoTokenizer.from_pretrained(self.checkpoint))
 
     def _unscored(self, why: str) -> UserError:
         return UserError(
@@ -289,10 +294,10 @@ class OpenAIEngine:
         if status in (401, 403):
             state = "the key in it is refused" if self.key else "it is not set"
             why = f"wants a key from the environment variable {s.key_env} (server.key_env): {state}"
-        elif refused and request.path == "/completions":
-            return self._unscored(said)
         elif status == 404:
             why = f"serves no model {self.model!r}, or is no such server (server.model, server.url)"
+        elif refused and "logprob_token_ids" in request.body:
+            return self._unscored(said)
         elif refused:
             why = "refuses the request (server.body sets fields of it, and leaves out those that are null)"
         elif isinstance(error, APITimeoutError):
@@ -313,10 +318,18 @@ async def _first(tasks: set[asyncio.Task[T]]) -> tuple[set[asyncio.Task[T]], set
     return await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
 
 
-def _read_chat(reply: Reply) -> tuple[str, int, bool]:
+def _tokenizer(checkpoint: Path) -> tuple[PromptEncoder, int | None]:
+    """With the context's length, where the checkpoint has one."""
+    from transformers import AutoTokenizer
+
+    config = json.loads((checkpoint / "config.json").read_text())
+    return PromptEncoder(AutoTokenizer.from_pretrained(checkpoint)), config.get("max_position_embeddings")
+
+
+def _read_text(reply: Reply) -> tuple[str, int, bool]:
     """Text, tokens (EOS included), whether the token limit cut it."""
     (choice,) = reply["choices"]
-    text = choice["message"]["content"] or ""
+    text = (choice["message"]["content"] or "") if "message" in choice else choice["text"]
     return text, max(1, reply["usage"]["completion_tokens"]), choice["finish_reason"] == "length"
 
 

@@ -1,10 +1,10 @@
-"""Fit a model and leave a plain checkpoint; an interrupted fit goes on from its last saved step.
+"""Fit a model and leave a checkpoint; an interrupted fit goes on from its last saved step.
 
-OUT/                   model.safetensors, config, tokenizer: the result
+OUT/                   model.safetensors, config, tokenizer: the result; under LoRA adapter_model.safetensors
 OUT/metrics.jsonl      one row per step; no times, so that an equal run leaves equal bytes
 OUT/trained.parquet    what each example gave at each step that trained on it
 OUT/timing.jsonl       seconds, tokens/s, memory and share of the matmul peak of each step
-OUT/scratch/state.safetensors      weights, optimiser and generator state, the step: written aside
+OUT/scratch/state.safetensors      trained weights, optimiser and generator state, the step
 OUT/scratch/steps[.RANK].jsonl     the rows of all three files, as they come
 """
 
@@ -32,7 +32,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader, Dataset
 
 from selfcritique.artifacts import TIMING, full_disk_is_user_error
-from selfcritique.config import DpoLossConfig, Layout, Precision, Strategy, TrainConfig, TrainerConfig
+from selfcritique.config import (
+    DpoLossConfig,
+    Layout,
+    LoraConfig,
+    Precision,
+    Strategy,
+    TrainConfig,
+    TrainerConfig,
+)
 from selfcritique.errors import UserError
 from selfcritique.train.batch import (
     Schedule,
@@ -47,14 +55,13 @@ from selfcritique.train.batch import (
 from selfcritique.train.launch import in_processes
 from selfcritique.train.loss import Denominators
 from selfcritique.train.meter import Meter, Row
-from selfcritique.train.model import checkpoint_layers, load_model, save_model, token_logps
+from selfcritique.train.model import add_adapter, checkpoint_layers, load_model, save_model, token_logps
 from selfcritique.train.modules import DpoModule, Each, NotFinite, SftModule, _Module, last_means
 
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, Mapping[str, float] | None], None]
 _STATE = "state.safetensors"
-_DTYPES = {Precision.fp64: torch.float64}  # of the weights; fp32 otherwise, bf16 through autocast
 _LIGHTNING = {Precision.fp32: "32-true", Precision.bf16: "bf16-mixed", Precision.fp64: "64-true"}
 # How far log-probs of one model may differ between two batch shapes: relative, and nats per response.
 _SAME = {Precision.fp32: (1e-4, 1e-3), Precision.bf16: (1e-2, 0.5), Precision.fp64: (1e-9, 1e-9)}
@@ -138,7 +145,8 @@ def fit_dpo(
             f"All {len(pairs)} pairs are longer than trainer.max_length={trainer.max_length} tokens."
         )
     schedule = Schedule([pairs[i].length for i in kept], train.batch_size, train.epochs, seed)
-    layout = _check_reference(trainer, model_dir, [kept[i] for i in schedule[0]], pairs, reference)
+    first = [kept[i] for i in schedule[0]]
+    layout = _check_reference(train, trainer, model_dir, first, pairs, reference)
     lengths, rows = _row_lengths([pairs[i] for i in kept], layout)
 
     def make(indices: list[int]) -> Step:
@@ -190,13 +198,18 @@ class ReferenceLogps:
 
 
 def reference_logps(
-    trainer: TrainerConfig, model_dir: Path, pairs: Sequence[TokenPair], progress: Progress = lambda *_: None
+    trainer: TrainerConfig,
+    model_dir: Path,
+    pairs: Sequence[TokenPair],
+    progress: Progress = lambda *_: None,
+    quantize: bool = False,
 ) -> ReferenceLogps:
     """One pass of the frozen model over all pairs, in evaluation mode.
 
-    Pairs over trainer.max_length, which training drops, are left out: no tokens, and NaN for a sum.
+    Under LoRA this is the policy with its adapter off, quantised where that is. Pairs over
+    trainer.max_length, which training drops, are left out: no tokens, and NaN for a sum.
     """
-    model = load_model(model_dir, _DTYPES.get(trainer.precision, torch.float32)).to(_device(trainer)).eval()
+    model = load_model(model_dir, _dtype(trainer), quantize).to(_device(trainer)).eval()
     return _reference_logps(trainer, model, _layout(trainer, model, pairs), pairs, progress)
 
 
@@ -249,6 +262,7 @@ def _frozen_logps(
 
 
 def _check_reference(
+    train: TrainConfig,
     trainer: TrainerConfig,
     model_dir: Path,
     first: list[int],
@@ -267,7 +281,7 @@ def _check_reference(
             f"The reference log-probs ({len(reference.sums[0])} pairs) are not those of these {len(pairs)} "
             "pairs: numbers or lengths of responses differ. They belong to other data; compute them again."
         )
-    model = load_model(model_dir, _DTYPES.get(trainer.precision, torch.float32)).to(_device(trainer)).eval()
+    model = _load(train.lora, trainer, model_dir).to(_device(trainer)).eval()
     layout = _layout(trainer, model, pairs)
     now = _reference_logps(trainer, model, layout, [pairs[i] for i in first], lambda *_: None).sums
     stored = reference.sums[:, first]
@@ -294,6 +308,19 @@ def _device(trainer: TrainerConfig) -> torch.device:
     return torch.device("cuda" if gpu else "cpu")
 
 
+def _dtype(trainer: TrainerConfig) -> torch.dtype:
+    """Of the weights; bf16 is autocast."""
+    return torch.float64 if trainer.precision is Precision.fp64 else torch.float32
+
+
+def _load(lora: LoraConfig | None, trainer: TrainerConfig, model_dir: Path) -> Any:
+    """What is trained, at its start."""
+    model = load_model(model_dir, _dtype(trainer), lora is not None and lora.quantize)
+    if lora is not None and lora.rank:
+        add_adapter(model, lora)
+    return model
+
+
 def _fit(
     module_class: type[_Module],
     extra: Mapping[str, Any],
@@ -307,7 +334,7 @@ def _fit(
     progress: Progress,
 ) -> dict[str, Any]:
     pl.seed_everything(seed, verbose=False)
-    model = load_model(model_dir, _DTYPES.get(trainer.precision, torch.float32)).train(module_class.DROPOUT)
+    model = _load(train.lora, trainer, model_dir).train(module_class.DROPOUT)
     if trainer.gradient_checkpointing:
         checkpoint_layers(model)
     scratch = out / "scratch"
@@ -336,12 +363,12 @@ def _fit(
                 _lightning(trainer, state).fit(module, steps)
         except NotFinite as error:
             last_good = scratch / "last_good"
-            _save(model, state, trainer, model_dir, last_good)
+            _save(model, state, train.lora, trainer, model_dir, last_good)
             raise UserError(
                 f"Training stopped: {error} of {len(schedule)}. The weights before it are in {last_good}. "
                 "Lower lr or grad_clip of this stage, or look at its data."
             ) from None
-    _save(model, state, trainer, model_dir, out)
+    _save(model, state, train.lora, trainer, model_dir, out)
     if trainer.processes == 1:
         _write_rows(out)
     rows = [step["row"] for step in state.steps]
@@ -376,13 +403,15 @@ def _write_rows(out: Path) -> None:
         polars.concat(each).sort("step", "example").write_parquet(out / "trained.parquet")
 
 
-def _save(model: Any, state: "_State", trainer: TrainerConfig, model_dir: Path, out: Path) -> None:
-    """The model as a plain checkpoint; of several processes the first takes it from the state."""
+def _save(
+    model: Any, state: "_State", lora: LoraConfig | None, trainer: TrainerConfig, model_dir: Path, out: Path
+) -> None:
+    """The checkpoint; of several processes the first takes it from the state."""
     rank, processes = _rank(trainer)
     if rank > 0:
         return
     if processes > 1:
-        model = load_model(model_dir, _DTYPES.get(trainer.precision, torch.float32))
+        model = _load(lora, trainer, model_dir)
         state.restore_weights(model)
     with full_disk_is_user_error(out):
         save_model(model, model_dir, out)
@@ -438,7 +467,7 @@ class _State(pl.Callback):
         if not self.path.exists():
             return
         with safe_open(self.path, "pt") as file, torch.no_grad():
-            for name, parameter in model.named_parameters():
+            for name, parameter in _trained(model):
                 parameter.copy_(file.get_tensor(f"model.{name}"))
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -451,7 +480,7 @@ class _State(pl.Callback):
         with safe_open(self.path, "pt") as file:
             saved = set(file.keys())
             torch.set_rng_state(file.get_tensor("rng"))
-            for name, parameter in module.model.named_parameters():
+            for name, parameter in _trained(module.model):
                 if f"step.{name}" in saved:
                     optimizer.state[parameter] = {
                         field: _like(parameter, file.get_tensor(f"{field}.{name}"))
@@ -486,7 +515,7 @@ class _State(pl.Callback):
         """Everything of this step in one file, whole or not at all."""
         optimizer: Any = module.optimizers()
         tensors = {"rng": torch.get_rng_state()}
-        for name, parameter in module.model.named_parameters():
+        for name, parameter in _trained(module.model):
             tensors[f"model.{name}"] = _whole(parameter.detach())
             for field, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"{field}.{name}"] = _whole(value)
@@ -502,6 +531,10 @@ class _State(pl.Callback):
 
     def close(self) -> None:
         self.file.close()
+
+
+def _trained(model: Any) -> list[tuple[str, Any]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -1,15 +1,20 @@
-"""Checkpoints, and the log-probabilities of response tokens under a model."""
+"""Checkpoints, LoRA, and the log-probabilities of response tokens under a model."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from selfcritique.artifacts import write_json
+from selfcritique.checkpoints import ADAPTER, plain_checkpoint
+from selfcritique.config import LoraConfig
 from selfcritique.errors import UserError
 from selfcritique.train.batch import TokenBatch
 
@@ -17,10 +22,23 @@ CHUNK_LOGITS = 2**26  # floats of logits held at once: 256 MB
 _ROWS = 32  # of logits that stay in a cache between two passes over them
 
 
-def load_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """A causal language model from a checkpoint folder: safetensors, no code of its own."""
+def load_model(path: Path, dtype: torch.dtype = torch.float32, quantize: bool = False) -> Any:
+    """A causal language model from a checkpoint folder or LoRA artifact, merged: safetensors only.
+
+    quantize: weights in 4 bits, as QLoRA (arXiv 2305.14314) has them; CUDA only.
+    """
+    options: dict[str, Any] = {}
+    if quantize:
+        if not torch.cuda.is_available():
+            raise UserError("lora.quantize needs CUDA and bitsandbytes; set it to false to train on the CPU.")
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
     model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, use_safetensors=True, attn_implementation="sdpa"
+        plain_checkpoint(path), dtype=dtype, use_safetensors=True, attn_implementation="sdpa", **options
     )
     config = model.config.get_text_config()
     for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
@@ -29,13 +47,39 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
     return model
 
 
+def add_adapter(model: Any, lora: LoraConfig) -> None:
+    """Freeze the weights and put trainable low-rank updates beside them, zero at first, in place."""
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets or "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    model.add_adapter(config)
+
+
+def merge_adapter(adapter: Path, base: Path, out: Path) -> None:
+    """A plain checkpoint in `out`, fp32, of the model in `base` with the updates of `adapter` added in."""
+    model = peft.PeftModel.from_pretrained(load_model(base), str(adapter))
+    save_model(model.merge_and_unload(), adapter, out)
+
+
 def save_model(model: Any, source: Path, out: Path) -> None:
-    """`model` as a plain checkpoint in `out`, with the tokenizer files of `source`."""
+    """`model` as a plain checkpoint in `out`, or its adapter, with the tokenizer files of `source`.
+
+    An adapter says its base as STAGE/KEY, which is where an artifact lies in its store.
+    """
     model.save_pretrained(out)
+    if (out / ADAPTER).exists():
+        config = json.loads((out / ADAPTER).read_text())
+        config["base_model_name_or_path"] = f"{source.parent.name}/{source.name}"
+        config["target_modules"] = sorted(config["target_modules"])  # PEFT has a set
+        write_json(out / ADAPTER, config)
     for file in source.iterdir():
         if (
             file.is_file()
-            and file.name != "manifest.json"  # of the source as an artifact
+            and file.name not in ("manifest.json", ADAPTER)  # of the source as an artifact
             and not (out / file.name).exists()
             and file.suffix in (".json", ".jinja", ".txt", ".model")
             and "index" not in file.name
