@@ -21,11 +21,14 @@ from selfcritique.errors import UserError
 
 HERE = Path(__file__).resolve().parent
 ROUNDS = 7
-BENCHMARKS: dict[str, tuple[str, ...]] = {  # name -> its file, and what its `measure` is given
+BENCHMARKS: dict[str, tuple[Any, ...]] = {  # name -> its file, and what its `measure` is given
     "checker_vs_math_verify_int": ("checker_int",),
     "checker_vs_math_verify_symbolic": ("checker_symbolic",),
     "checker_hostile": ("checker_hostile",),
     "critic_logit_vs_generate": ("critic_modes",),
+    "engine_overhead": ("engines", "overhead"),
+    "vllm_vs_hf_n1": ("engines", "hf", 1),
+    "vllm_vs_hf_n8": ("engines", "hf", 8),
     "matmul_peak_fraction": ("training", "peak", "dpo", "ours", "smollm2"),
 } | {
     f"{name}_{size}": ("training", *arguments, size)

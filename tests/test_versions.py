@@ -24,7 +24,8 @@ RECORD = Path(__file__).with_name("stage_hashes.json")
 # What runs, waits, reports and stores is no part of what a stage computes; a config's values are in the key.
 APART = {"artifacts", "config", "errors", "pipeline", "progress", "tracker"}
 # Started by name in a process of its own: whoever uses the first depends on all of the second.
-STARTS = {("answers", "compare_many"): "answer_worker", ("answers", "compare"): "answer_worker"}
+STARTS = {("answers", "compare_many"): "answer_worker", ("answers", "compare"): "answer_worker",
+          ("engine.vllm", "VllmEngine"): "engine.vllm_process"}  # fmt: skip
 
 Definition = tuple[str, str]  # module below selfcritique ("train.fit") and name
 

@@ -97,6 +97,7 @@ class Logger(StrEnum):
 class EngineKind(StrEnum):
     hf = "hf"
     openai = "openai"  # a server with OpenAI's interface
+    vllm = "vllm"  # optional packages: make setup-vllm
 
 
 @dataclass
@@ -326,14 +327,22 @@ class EngineConfig:
         65536  # bounds the memory of keys and values; batches are seeded, so part of the key
     )
     dtype: str = "float32"
-    device: str = _how("cpu")
-    server: ServerConfig | None = _optional()  # kind=openai
+    device: str = _how("cpu")  # hf
+    server: ServerConfig | None = _optional()  # openai
+    max_model_len: int = _how(0)  # vllm: tokens of the longest prompt and answer; 0: the model's context
+    kv_cache_gb: float = _how(1.0)  # vllm on a CPU: keys and values
+    gpu_memory_utilization: float = _how(0.9)  # vllm on GPUs: share for weights, keys and values
+    tensor_parallel_size: int = _how(1)  # vllm: GPUs that share a model
 
     def __post_init__(self) -> None:
         check(
             self,
             max_batch_tokens=self.max_batch_tokens < 1 and "at least 1",
             server=self.kind is EngineKind.openai and self.server is None and "given (kind=openai)",
+            max_model_len=self.max_model_len < 0 and "at least 0 (0: the model's context)",
+            kv_cache_gb=self.kv_cache_gb <= 0 and "above 0",
+            gpu_memory_utilization=not 0 < self.gpu_memory_utilization <= 1 and "above 0 and at most 1",
+            tensor_parallel_size=self.tensor_parallel_size < 1 and "at least 1",
         )
 
 

@@ -52,7 +52,7 @@ def converse(config: Converse, inputs: Inputs, out: Path, progress: Progress) ->
     asked = read_problems(inputs).select("problem_id", "turns").rows()
     talks: list[list[Message]] = [[] for _ in asked]
     params, rows = SamplingParams(1, 0.0, config.max_tokens, 0), []
-    with open_engine(config.engine, inputs["model"].path) as engine:
+    with open_engine(config.engine, inputs["model"].path, out) as engine:
         for turn in range(max(len(turns) for _, turns in asked)):
             here = [i for i, (_, turns) in enumerate(asked) if turn < len(turns)]
             for i in here:
@@ -90,7 +90,7 @@ def judge(config: Judge, inputs: Inputs, out: Path, progress: Progress) -> Metri
     earlier = {(p, t): text for p, t, text in answers.select("problem_id", "turn", "text").iter_rows()}
     prompts = [_judge_prompt(config, row, earlier) for row in rows.iter_rows(named=True)]
     checkpoint = inputs["judge"].path if "judge" in inputs else None
-    with open_engine(config.engine, checkpoint) as engine:
+    with open_engine(config.engine, checkpoint, out) as engine:
         said = complete(engine, prompts, SamplingParams(1, 0.0, config.max_tokens, 0), out, progress)
     names = tuple(DIMENSIONS) if config.set is EvalSet.mathusereval else ()
     texts = [text for _, _, text, _, _ in said]
@@ -147,7 +147,7 @@ def choose(config: Choose, inputs: Inputs, out: Path, progress: Progress) -> Met
         for batch in engine.continuation_logprobs(prompts, letters, done=done):
             yield batch.batch_id, [[s.prompt_index, list(s.logps), s.missing_mass] for s in batch.scores]
 
-    with open_engine(config.engine, inputs["model"].path) as engine:
+    with open_engine(config.engine, inputs["model"].path, out) as engine:
         rows = sorted(journaled(batches, len(prompts), out, progress))
     likeliest = [max(range(len(choices[i])), key=logps.__getitem__) for i, logps, _ in rows]
     table = asked.select("problem_id", "answer").with_columns(

@@ -10,7 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
@@ -209,7 +209,7 @@ def _taught(
         )
         for p, _, text in candidates
     ]
-    with open_engine(EngineConfig(EngineKind.openai, server=server), None) as engine:
+    with open_engine(EngineConfig(EngineKind.openai, server=server), None, out) as engine:
         said = complete(engine, prompts, SamplingParams(1, 0.0, TEACHER_TOKENS, 0), out, progress)
     found = [from_teacher(*candidates[i][::2], text, cut) for i, _, text, _, cut in said]
     marked = [(*c, a) for c, a in zip(candidates, found, strict=True) if a is not None]
@@ -430,19 +430,27 @@ def dpo(config: Dpo, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
 
 
 @contextmanager
-def open_engine(config: EngineConfig, model: Path | None) -> Iterator[Any]:
-    """The engine with a checkpoint; a server may name its model itself."""
+def open_engine(config: EngineConfig, model: Path | None, out: Path) -> Iterator[Any]:
+    """The engine on a checkpoint (a server may name its model itself); what a process of its own prints is
+    kept in `out`'s scratch folder."""
     plain = None if model is None else plain_checkpoint(model)
-    if config.server is not None:
+    opened: AbstractContextManager[Any]
+    if config.kind is EngineKind.openai:
         from selfcritique.engine.openai import OpenAIEngine
 
-        with OpenAIEngine(config.server, plain) as engine:
-            yield engine
-        return
-    from selfcritique.engine.hf import HfEngine
+        assert config.server is not None
+        opened = OpenAIEngine(config.server, plain)
+    elif config.kind is EngineKind.vllm:
+        from selfcritique.engine.vllm import VllmEngine
 
-    assert plain is not None
-    with HfEngine(plain, config.max_batch_tokens, config.dtype, config.device) as engine:
+        assert plain is not None
+        opened = VllmEngine(plain, config, out / "scratch" / "vllm.log")
+    else:
+        from selfcritique.engine.hf import HfEngine
+
+        assert plain is not None
+        opened = HfEngine(plain, config.max_batch_tokens, config.dtype, config.device)
+    with opened as engine:
         yield engine
 
 
@@ -520,7 +528,7 @@ def sample(config: Sample, inputs: Inputs, out: Path, progress: Progress) -> Met
     asked = load_problems(inputs["problems"], config.split, config.limit)
     s = config.sampling
     params = SamplingParams(s.n, s.temperature, s.max_tokens, config.seed, s.top_p, s.top_k)
-    with open_engine(config.engine, inputs["model"].path) as engine:
+    with open_engine(config.engine, inputs["model"].path, out) as engine:
         rows = complete(
             engine, [solve_prompt(config.style, p.question) for p in asked], params, out, progress
         )
@@ -580,7 +588,7 @@ def score(config: Score, inputs: Inputs, out: Path, progress: Progress) -> Metri
         critique_prompt(config.style, by_id[p], text, ask.reference, score_only=ask.mode is CriticMode.logit)
         for p, text in responses.select("problem_id", "text").iter_rows()
     ]
-    with open_engine(config.engine, inputs["critic"].path) as engine:
+    with open_engine(config.engine, inputs["critic"].path, out) as engine:
         read = _by_logits if ask.mode is CriticMode.logit else _by_text
         resumed, start = _journal(out).exists(), time.perf_counter()
         rows = read(config, engine, prompts, out, progress)

@@ -15,15 +15,24 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from selfcritique.config import EngineConfig
 from selfcritique.engine.base import BatchResult, Completion, Engine, SamplingParams
 from selfcritique.engine.hf import HfEngine
 from selfcritique.engine.scripted import ScriptedEngine
+from selfcritique.engine.vllm import VllmEngine
 from selfcritique.errors import UserError
 from selfcritique.prompts import PromptEncoder
 from selfcritique.records import Message, Prompt
 
+
+def open_vllm(path: Path) -> VllmEngine:
+    pytest.importorskip("vllm")
+    return VllmEngine(path, EngineConfig(max_batch_tokens=512, kv_cache_gb=0.1), path.parent / "vllm.log")
+
+
 ENGINES: dict[str, Callable[[Path], AbstractContextManager[Engine]]] = {
     "hf": lambda path: HfEngine(path, max_batch_tokens=200),
+    "vllm": open_vllm,
     "scripted": lambda path: ScriptedEngine(lambda p, s: f"{p.messages[-1].content} {s} " + "x " * 5 * s),
 }
 MODELS = [name for name in ENGINES if name != "scripted"]

@@ -9,9 +9,10 @@ import hashlib
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from selfcritique.errors import UserError
+from selfcritique.prompts import PromptEncoder
 from selfcritique.records import Prompt, content_id
 
 
@@ -139,3 +140,20 @@ def plan_batches(
         batches.append(PlannedBatch(content_id("batch", salt, contents), indices))
         start += size
     return batches
+
+
+def check_context(prompt_ids: Sequence[Sequence[int]], new_tokens: int, limit: int | None) -> None:
+    """Raise if the longest prompt with its new tokens exceeds the model's context."""
+    longest = max(map(len, prompt_ids), default=0)
+    if limit is not None and longest + new_tokens > limit:
+        raise UserError(
+            f"The longest of {len(prompt_ids)} prompts has {longest} tokens; with {new_tokens} new ones it "
+            f"exceeds the model's context of {limit}. Lower max_tokens or leave such problems out."
+        )
+
+
+def end_ids(generation_config: Any, encoder: PromptEncoder) -> list[int]:
+    """Every token that ends an answer: the tokenizer's EOS and those of the generation config."""
+    configured = generation_config.eos_token_id
+    more = configured if isinstance(configured, list) else [] if configured is None else [configured]
+    return sorted({encoder.eos_id, *more})

@@ -24,6 +24,8 @@ from selfcritique.engine.base import (
     PlannedBatch,
     SamplingParams,
     ScoreBatch,
+    check_context,
+    end_ids,
     plan_batches,
 )
 from selfcritique.errors import UserError
@@ -62,7 +64,7 @@ class HfEngine:
         self.device = torch.device(device)
         self.max_batch_tokens = max_batch_tokens
         self.max_rows = max(1, LOGITS_PER_BATCH // self.model.config.get_text_config().vocab_size)
-        self.eos_ids = torch.tensor(_eos_ids(self.model, self.encoder), device=device)
+        self.eos_ids = torch.tensor(end_ids(self.model.generation_config, self.encoder), device=device)
 
     def __enter__(self) -> Self:
         return self
@@ -109,12 +111,7 @@ class HfEngine:
         self, ids: Sequence[Sequence[int]], rows: int, new_tokens: int, logits_per_row: int, salt: str
     ) -> list[PlannedBatch]:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        longest = max(map(len, ids), default=0)
-        if limit is not None and longest + new_tokens > limit:
-            raise UserError(
-                f"The longest of {len(ids)} prompts has {longest} tokens; with {new_tokens} new ones it "
-                f"exceeds the model's context of {limit}. Lower max_tokens or leave such problems out."
-            )
+        check_context(ids, new_tokens, limit)
         return plan_batches(
             ids, rows, new_tokens, self.max_batch_tokens, max(1, self.max_rows // logits_per_row), salt
         )
@@ -341,10 +338,3 @@ class _Tree:
             owners=owners,
             n_candidates=len(tails),
         )
-
-
-def _eos_ids(model: Any, encoder: PromptEncoder) -> list[int]:
-    """Every token that ends an answer: the tokenizer's EOS and those of the generation config."""
-    configured = model.generation_config.eos_token_id
-    more = configured if isinstance(configured, list) else [] if configured is None else [configured]
-    return sorted({encoder.eos_id, *more})
