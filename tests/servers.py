@@ -1,13 +1,21 @@
-"""A local server with OpenAI's chat interface that fails as told, and counts what it answered."""
+"""Local servers with OpenAI's interface: one that fails as told and counts what it answered, and vLLM's own."""
 
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
 
 Answer = Callable[[str], str]  # the last message -> the text
 Faults = Callable[[str, int], str]  # the last message and the number of tries before -> a fault, "" for none
@@ -100,3 +108,33 @@ def serve(answer: Answer, faults: Faults = lambda text, tries: "") -> Iterator[F
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
+
+
+@contextmanager
+def serve_vllm(model: Path, log_file: Path) -> Iterator[tuple[str, int]]:
+    """Its URL and its process group, once it is ready; the model's name is the folder's path."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["--model", str(model), "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32",
+             "--seed", "0", "--block-size", "32", "--enforce-eager", "--no-enable-chunked-prefill"]  # fmt: skip
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1",
+                   "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}  # fmt: skip
+    with log_file.open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words],
+            env=os.environ | environment, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+    try:
+        while process.poll() is None:
+            try:
+                urlopen(f"http://127.0.0.1:{port}/health", timeout=60).close()
+                break
+            except (URLError, OSError):
+                sleep(0.5)
+        assert process.poll() is None, log_file.read_text()[-3000:]
+        yield f"http://127.0.0.1:{port}/v1", process.pid
+    finally:
+        with suppress(ProcessLookupError):  # the test killed it
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -800,7 +800,9 @@ def _faults(node: Any, path: str) -> list[str]:
 def key_part(config: Any) -> Any:
     """What of a config enters an artifact's key, as JSON data: all but what only changes speed."""
     if is_dataclass(config):
-        absent = {f.name for f in fields(config) if f.metadata.get("optional") and not getattr(config, f.name)}
+        absent = {
+            f.name for f in fields(config) if f.metadata.get("optional") and not getattr(config, f.name)
+        }
         kept = (f for f in fields(config) if f.metadata.get("key", True) and f.name not in absent)
         return {
             f.name: content_digest(getattr(config, f.name))

@@ -1,21 +1,30 @@
 """The client against a server that fails in every way: each answer is got once, each error says its remedy."""
 
 import os
+import signal
 from collections import Counter
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
+import polars as pl
 import pytest
 
-from runs import TINY, completed, read_json
-from selfcritique.config import EngineConfig, EngineKind, ServerConfig
+from runs import TINY, completed, compose, read_json
+from selfcritique.artifacts import Store
+from selfcritique.config import ServerConfig
 from selfcritique.engine import openai
 from selfcritique.engine.base import BatchResult, SamplingParams
+from selfcritique.engine.hf import HfEngine
 from selfcritique.engine.openai import OpenAIEngine, Pace
 from selfcritique.errors import UserError
 from selfcritique.pipeline import build, execute
+from selfcritique.prompts import PLAIN_TEMPLATE
 from selfcritique.records import Message, Prompt
-from servers import RETRY_AFTER_S, FakeServer, serve
+from selfcritique.stages import complete
+from servers import RETRY_AFTER_S, FakeServer, serve, serve_vllm
 
 GREEDY = SamplingParams(n=1, temperature=0, max_tokens=8, seed=0)
 SAMPLED = SamplingParams(n=3, temperature=1, max_tokens=8, seed=0)
@@ -172,20 +181,51 @@ def test_pace_leaves_room_for_requests_and_tokens() -> None:
     assert Pace(0, 0).wait(5.0, 10**9) == 0
 
 
+# ---- vLLM's server ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="no vLLM here: make setup-vllm")
+def test_a_killed_server_is_told_and_a_rerun_asks_for_the_rest(tiny_dir: Path, tmp_path: Path) -> None:
+    """First a chat with the real server, whose greedy texts are those of the hf engine."""
+    model, prompts = tmp_path / "model", [user("a b c 1"), user("x </s> y"), user("d e 三")]
+    copytree(tiny_dir, model)
+    (model / "chat_template.jinja").write_text("{{ bos_token }}" + PLAIN_TEMPLATE)
+    params = SamplingParams(n=20, temperature=1, max_tokens=40, seed=0)
+    out, n = tmp_path / "stage", len(prompts) * params.n
+    (out / "scratch").mkdir(parents=True)
+    with serve_vllm(model, tmp_path / "server.log") as (url, group):
+        settings = ServerConfig(url, str(model), retries=1, concurrency=4, cache="")
+        with OpenAIEngine(settings) as engine, HfEngine(model, 1000) as hf:
+            assert texts(list(engine.generate(prompts, GREEDY))) == texts(list(hf.generate(prompts, GREEDY)))
+
+        def kill(done: int, total: int) -> None:
+            if done == 10:
+                os.killpg(group, signal.SIGKILL)
+
+        with OpenAIEngine(settings) as engine, pytest.raises(UserError, match="cannot be reached") as error:
+            complete(engine, prompts, params, out, kill)  # type: ignore[arg-type]
+        assert url in str(error.value)
+    had = (out / "scratch" / "journal.jsonl").read_text().count("\n")
+    assert 10 <= had < n
+    with serve(str.upper) as server, OpenAIEngine(replace(settings, url=server.url)) as engine:
+        rows = complete(engine, prompts, params, out, lambda *_: None)  # type: ignore[arg-type]
+        assert [row[:2] for row in rows] == [(i, s) for i in range(3) for s in range(20)]
+        assert server.answered.total() == n - had
+
+
 # ---- in a run ------------------------------------------------------------------------------------------
 
 
 def test_a_teacher_marks_what_the_critic_learns_and_the_key_stands_nowhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 16 sampled answers those whose number is unreadable are counted and left out."""
+    """Every fourth question that the teacher sees gets an unreadable answer, which is counted and left out."""
     monkeypatch.setenv("TEACHER_KEY", "sk-0123456789")
-    asked = Counter[str]()
+    order: dict[str, int] = {}
 
     def teach(text: str) -> str:
-        asked[text] += 1
         assert "Reference (solution):" in text
-        return "1 ok\nScore: 7" if len(asked) % 4 else "no idea"
+        return "no idea" if order.setdefault(text, len(order)) % 4 == 3 else "1 ok\nScore: 7"
 
     with serve(teach, lambda text, tries: "500" if tries == 0 else "") as server:
         words = (*TINY, "until=critic_data", "logger=wandb", "annotator=openai", "annotator.server.model=t",
@@ -198,19 +238,21 @@ def test_a_teacher_marks_what_the_critic_learns_and_the_key_stands_nowhere(
         n = len(server.answered)
         assert metrics["server"]["requests"] == n
         assert metrics["server"]["cost"] == n * 3 * 2 / 1e6
-        assert metrics["teacher_failures"] >= n // 4 > 0
-        assert metrics["by_score"] == {"7": metrics["examples"]}
+        unreadable = sum(place % 4 == 3 for place in order.values())
+        assert metrics["teacher_failures"] >= unreadable > 0
+        candidates = pl.read_parquet(run.artifact("critic_pool") / "responses.parquet").filter(
+            ~pl.col("truncated")
+        )
+        assert metrics["marked"] == candidates.height - metrics["teacher_failures"]
+        assert metrics["by_score"] == {"7": metrics["marked"]}
     held = [p for p in tmp_path.rglob("*") if p.is_file()]
     assert any("wandb" in p.parts for p in held) and (tmp_path / "store/requests.sqlite") in held
     assert not [p for p in held if b"sk-0123456789" in p.read_bytes()]
     assert "TEACHER_KEY" in (run.out / "config.yaml").read_text()
 
 
-def test_one_named_model_is_not_asked_for_another(tmp_path: Path) -> None:
-    from runs import compose
-
-    run = compose(*TINY, "engine=openai", "engine.server.model=m")
-    with pytest.raises(UserError, match=r"asks base, critic, dpo, rft: leave it empty"):
-        execute(build(run), None, "", lambda *_: None)  # type: ignore[arg-type]
-    assert EngineConfig(EngineKind.openai, server=ServerConfig()).server is not None
-    assert os.environ.get("OPENAI_API_KEY") is None
+def test_one_named_model_is_not_asked_for_another() -> None:
+    """Of the base's critic data on, this run would ask the critic, too."""
+    graph = build(compose(*TINY, "engine=openai", "engine.server.model=m"))
+    with pytest.raises(UserError, match="this run asks base, critic, dpo, rft: leave it empty"):
+        execute(graph, Store(Path("nowhere")), "", lambda *_: None)

@@ -37,7 +37,9 @@ Reply = Mapping[str, Any]  # the JSON object of a response
 _PASSING = (408, 409, 425, 429)  # statuses that another try may mend, beside all from 500
 _WAITS_S = (0.5, 60.0)  # of our own back-off, first and longest; a Retry-After may ask for more
 # Openings of what templates use as control tokens: a space after them makes them text to any server.
-_CONTROL = re.compile(r"<(?=[|｜]|/?(?:s|bos|eos|pad|unk|sop|eop|think|\w+_of_turn)>)|\[(?=/?(?:INST|gMASK)\])")
+_CONTROL = re.compile(
+    r"<(?=[|｜]|/?(?:s|bos|eos|pad|unk|sop|eop|think|\w+_of_turn)>)|\[(?=/?(?:INST|gMASK)\])"
+)
 
 
 @dataclass(frozen=True)
@@ -243,13 +245,9 @@ class OpenAIEngine:
         except ImportError as error:
             raise UserError("Asking a server needs the openai package: pip install openai.") from error
         s = self.server
-        return AsyncOpenAI(
-            base_url=s.url, api_key=self.key or "none", timeout=s.timeout_s, max_retries=0
-        )
+        return AsyncOpenAI(base_url=s.url, api_key=self.key or "none", timeout=s.timeout_s, max_retries=0)
 
-    async def _ask(
-        self, client: Any, request: _Request, read: Callable[[Reply], T]
-    ) -> tuple[_Request, T]:
+    async def _ask(self, client: Any, request: _Request, read: Callable[[Reply], T]) -> tuple[_Request, T]:
         from openai import OpenAIError
 
         tokens = len(json.dumps(request.body)) // 3 + request.body.get("max_tokens", 0)
