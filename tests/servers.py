@@ -1,4 +1,4 @@
-"""Local servers with OpenAI's interface: one that fails as told and counts what it answered, and vLLM's own."""
+"""Local servers with OpenAI's interface: one that fails as told and counts its answers, and vLLM's own."""
 
 import json
 import os
@@ -118,8 +118,8 @@ def serve_vllm(model: Path, log_file: Path) -> Iterator[tuple[str, int]]:
         port = free.getsockname()[1]
     words = ["--model", str(model), "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32",
              "--seed", "0", "--block-size", "32", "--enforce-eager", "--no-enable-chunked-prefill"]  # fmt: skip
-    environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1",
-                   "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}  # fmt: skip
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1",
+                   "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}  # fmt: skip
     with log_file.open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words],

@@ -199,7 +199,7 @@ def _marked(mark: Any, candidates: Sequence[Candidate], progress: Progress) -> l
 def _taught(
     server: ServerConfig, candidates: Sequence[Candidate], out: Path, progress: Progress
 ) -> tuple[list[Any], Metrics]:
-    """As `_marked` by a served teacher, who sees the reference; answers without a readable score are left out."""
+    """As `_marked` by a served teacher, who sees the reference; unreadable answers are left out."""
     from selfcritique.annotate import from_teacher
     from selfcritique.engine.base import SamplingParams
 

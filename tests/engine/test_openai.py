@@ -1,4 +1,4 @@
-"""The client against a server that fails in every way: each answer is got once, each error says its remedy."""
+"""The client against a server that fails in every way: each answer is got once, each error explained."""
 
 import os
 import signal
@@ -124,9 +124,12 @@ def test_refusals_are_not_repeated(status: str, parts: tuple[str, ...], monkeypa
 
 
 def test_a_key_that_is_not_set_and_a_host_that_is_not_there() -> None:
-    with serve(str.upper, lambda text, tries: "401") as server:
-        with client(server) as engine, pytest.raises(UserError, match="OPENAI_API_KEY .*: it is not set"):
-            list(engine.generate(PROMPTS[:1], GREEDY))
+    with (
+        serve(str.upper, lambda text, tries: "401") as server,
+        client(server) as engine,
+        pytest.raises(UserError, match=r"OPENAI_API_KEY .*: it is not set"),
+    ):
+        list(engine.generate(PROMPTS[:1], GREEDY))
     with client(server) as engine, pytest.raises(UserError, match=r"cannot be reached \(server.url; 1 "):
         list(engine.generate(PROMPTS, GREEDY))
     with serve(str.upper, lambda text, tries: "hang") as server, client(server, timeout_s=0.3) as engine:
@@ -219,7 +222,7 @@ def test_a_killed_server_is_told_and_a_rerun_asks_for_the_rest(tiny_dir: Path, t
 def test_a_teacher_marks_what_the_critic_learns_and_the_key_stands_nowhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every fourth question that the teacher sees gets an unreadable answer, which is counted and left out."""
+    """Every fourth question that the teacher sees gets an unreadable answer: counted and left out."""
     monkeypatch.setenv("TEACHER_KEY", "sk-0123456789")
     order: dict[str, int] = {}
 

@@ -187,7 +187,7 @@ class OpenAIEngine:
 
     def _unscored(self, why: str) -> UserError:
         return UserError(
-            f"{self.server.url} cannot score given continuations ({why}): have the critic write its critiques "
+            f"{self.server.url} cannot score given continuations ({why}): have the critic write critiques "
             "(critic.ask.mode=generate), use engine=hf, or serve the model by vLLM."
         )
 
@@ -275,7 +275,7 @@ class OpenAIEngine:
 
         if isinstance(error, APIStatusError):
             return error.status_code in _PASSING or error.status_code >= 500
-        # Who never let us in has another address or is not running. (httpx's class or httpx2's, as it happens)
+        # Who never let us in has another address or is not running. (httpx's class or httpx2's)
         return self.reached or type(error.__cause__).__name__ != "ConnectError"
 
     def _explained(self, error: Exception, request: _Request, attempts: int) -> UserError:
