@@ -116,10 +116,15 @@ def serve_vllm(model: Path, log_file: Path) -> Iterator[tuple[str, int]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = ["--model", str(model), "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32",
-             "--seed", "0", "--block-size", "32", "--enforce-eager", "--no-enable-chunked-prefill"]  # fmt: skip
-    environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1",
-                   "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}  # fmt: skip
+    words = f"--model {model} --host 127.0.0.1 --port {port} --dtype float32 --seed 0 --block-size 32".split()
+    words += ["--enforce-eager", "--no-enable-chunked-prefill"]
+    environment = {
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     with log_file.open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words],

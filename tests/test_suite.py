@@ -215,7 +215,8 @@ def test_mathusereval_by_judge_and_critic(cast: Callable[..., Cast], tmp_path: P
 
 
 def test_a_judge_behind_a_server(cast: Callable[..., Cast], tmp_path: Path, monkeypatch: Any) -> None:
-    """The scores of the judge above, with what they cost: five answers of 7 + 3 tokens at 1 and 10."""
+    """The scores of the judge above, with what they cost: 7 + 3 tokens each, at 1 and 10; two of the five
+    questions are alike, answer included, and are judged once."""
     open_engine = set_stages.open_engine
     made = cast(base=lambda prompt, _: f"答{prompt.messages[-1].content}")
     monkeypatch.setattr(set_stages, "open_engine", lambda config, model, out:
@@ -228,11 +229,11 @@ def test_a_judge_behind_a_server(cast: Callable[..., Cast], tmp_path: Path, monk
         config = settings(made, tmp_path, ["base"], [EvalSet.mathusereval], paths=paths, judge=judges)
         summary, _ = evaluate(config)
         evaluate(config)
-        assert server.answered.total() == 5 and {body["max_tokens"] for body in server.bodies} == {1024}
+        assert server.answered.total() == 4 and {body["max_tokens"] for body in server.bodies} == {1024}
     (judged,) = summary["results"]
     assert (judged["metric"], judged["value"], judged["failed"]) == ("judge", 6.375, 1)
     (manifest,) = (tmp_path / "store" / "judge").glob("*/manifest.json")
-    assert json.loads(manifest.read_text())["metrics"]["server"]["cost"] == 5 * (7 + 3 * 10) / 1e6
+    assert json.loads(manifest.read_text())["metrics"]["server"]["cost"] == 4 * (7 + 3 * 10) / 1e6
 
 
 def test_a_judge_that_says_nothing_leaves_nothing_to_compare(
