@@ -59,7 +59,7 @@ def says(message: str, *parts: str) -> None:
         ("data.mix.0.pth=x", ("data.mix[0].pth", "Did you mean path?")),
         ("data.mix=[{source: jsonl, pth: x}]", ("data.mix", "Did you mean path?")),
         ("rft.select.dedup=equation", ("rft.select.dedup", "'equation'", "[equations, text, none]")),
-        ("data.mix.0.source=gsm", ("data.mix[0].source", "[word_problems, gsm8k, jsonl]")),
+        ("data.mix.0.source=gsm", ("data.mix[0].source", "[word_problems, gsm8k, math, jsonl]")),
         ("rft.select.threshold=high", ("rft.select.threshold", "'high'", "Float")),
         ("model=tinny", ("model/tinny", "local", "tiny")),
         ("experiment=smok", ("experiment/smok", "demo", "smoke")),

@@ -17,6 +17,7 @@ from selfcritique.config import (
     CriticDataConfig,
     DpoLossConfig,
     EngineConfig,
+    EngineKind,
     EvalConfig,
     GateConfig,
     PairConfig,
@@ -24,6 +25,7 @@ from selfcritique.config import (
     RoundsConfig,
     SamplingConfig,
     SelectConfig,
+    ServerConfig,
     SourceConfig,
     SplitsConfig,
     TinyConfig,
@@ -39,6 +41,7 @@ EXPERIMENTS = sorted((CONF / "experiment").glob("*.yaml"))
 OPTIONS = sorted(p for p in CONF.glob("*/*.yaml") if p.parent.name not in ("experiment", "hydra"))
 REQUIRED = {  # options that want a value from the user
     "annotator=file": "annotator.path",
+    "annotator=openai": "annotator.server.model",
     "data=jsonl": "data.mix.0.path",
     "model=local": "model.path",
 }
@@ -67,9 +70,9 @@ def test_every_group_option_composes(path: Path, composed: Compose) -> None:
     option = f"{path.parent.name}={path.stem}"
     if option in REQUIRED:
         setting = REQUIRED[option]
-        with pytest.raises(UserError, match=re.escape(setting.removesuffix(".path"))) as error:
+        with pytest.raises(UserError, match=re.escape(setting.split(".")[0])) as error:
             to_run_config(composed(option))
-        assert "path" in str(error.value)
+        assert setting.split(".")[-1] in str(error.value)
         to_run_config(composed(option, f"{setting}=somewhere"))
     else:
         to_run_config(composed(option))
@@ -138,6 +141,20 @@ WRONG: list[tuple[type, dict[str, Any], dict[str, Any]]] = [  # class, what it n
     (TinyConfig, {}, {"hidden_size": 40, "layers": 0}),
     (EngineConfig, {}, {"max_batch_tokens": 0}),
     (
+        ServerConfig,
+        {},
+        {
+            "url": "localhost:8000",
+            "concurrency": 0,
+            "timeout_s": 0.0,
+            "retries": -1,
+            "requests_per_minute": -1,
+            "tokens_per_minute": -1,
+            "price_prompt": -1.0,
+            "price_completion": -1.0,
+        },
+    ),
+    (
         SamplingConfig,
         {"n": 1, "temperature": 0.0},
         {"n": 0, "temperature": -0.1, "max_tokens": 0, "top_p": 0.0, "top_k": -1},
@@ -178,9 +195,17 @@ def test_key_part_is_plain_data_without_what_only_changes_speed() -> None:
         "s": {"n": 2, "temperature": 0.5, "max_tokens": 64, "top_p": 1.0, "top_k": 0},
         "e": {"kind": "hf", "max_batch_tokens": 65536, "dtype": "float32"},
     }
+    served = EngineConfig(EngineKind.openai, server=ServerConfig("http://a", "m", key_env="OTHER"))
+    assert key_part(served)["server"] == {"model": "m", "body": {}}
     assert key_part([config.Split.dev, None, (1, "x")]) == ["dev", None, [1, "x"]]
     with pytest.raises(TypeError, match="digest"):
         key_part({"file": Path("somewhere")})
+
+
+def test_a_key_in_place_of_its_variables_name_is_not_repeated() -> None:
+    with pytest.raises(UserError, match="name of an environment variable") as error:
+        ServerConfig(key_env="sk-abc123")
+    assert "abc123" not in str(error.value)
 
 
 def test_no_path_or_machine_setting_is_part_of_a_key(composed: Compose) -> None:

@@ -13,16 +13,17 @@ import torch
 
 from selfcritique import set_stages, stages
 from selfcritique.__main__ import main
-from selfcritique.config import EvalSet, JudgeConfig, PromptStyle, SuiteConfig, TinyConfig
+from selfcritique.config import EvalSet, JudgeConfig, PromptStyle, ServerConfig, SuiteConfig, TinyConfig
 from selfcritique.engine.scripted import EngineDied, ScriptedEngine
 from selfcritique.errors import UserError
-from selfcritique.records import Prompt
+from selfcritique.records import Message, Prompt
 from selfcritique.retention import text_windows, window_losses
 from selfcritique.stages import load_encoder
 from selfcritique.stats import wilson
 from selfcritique.suite import evaluate, labels, markdown, write
 from selfcritique.train.model import load_model
 from selfcritique.train.tiny import build_tokenizer, save_tiny
+from servers import serve
 
 TEXT = "the cat sat on the mat and the dog ran after the cat over the wall again and again "
 Answer = Callable[[Prompt, int], str]
@@ -46,7 +47,7 @@ class Cast:
             (Path(folder) / "config.json").write_text(name)
 
     @contextmanager
-    def open(self, config: object, model: Path) -> Iterator[ScriptedEngine]:
+    def open(self, config: object, model: Path, out: Path) -> Iterator[ScriptedEngine]:
         name = (model / "config.json").read_text()
 
         def answer(prompt: Prompt, sample: int) -> str:
@@ -213,6 +214,28 @@ def test_mathusereval_by_judge_and_critic(cast: Callable[..., Cast], tmp_path: P
     assert ("judge", "问 题2 参 参考2 答 答题2 {'综合得分': 分}\n") in made.asked
 
 
+def test_a_judge_behind_a_server(cast: Callable[..., Cast], tmp_path: Path, monkeypatch: Any) -> None:
+    """The scores of the judge above, with what they cost: 7 + 3 tokens each, at 1 and 10; two of the five
+    questions are alike, answer included, and are judged once."""
+    open_engine = set_stages.open_engine
+    made = cast(base=lambda prompt, _: f"答{prompt.messages[-1].content}")
+    monkeypatch.setattr(set_stages, "open_engine", lambda config, model, out:
+                        (open_engine if config.server else made.open)(config, model, out))  # fmt: skip
+    with serve(lambda text: verdict(Prompt((Message("user", text),)), 0)) as server:
+        judges = JudgeConfig(
+            server=ServerConfig(server.url, "j", price_prompt=1, price_completion=10, cache="")
+        )
+        paths = {"mathusereval": written(tmp_path / "m.jsonl", MATHUSEREVAL)}
+        config = settings(made, tmp_path, ["base"], [EvalSet.mathusereval], paths=paths, judge=judges)
+        summary, _ = evaluate(config)
+        evaluate(config)
+        assert server.answered.total() == 4 and {body["max_tokens"] for body in server.bodies} == {1024}
+    (judged,) = summary["results"]
+    assert (judged["metric"], judged["value"], judged["failed"]) == ("judge", 6.375, 1)
+    (manifest,) = (tmp_path / "store" / "judge").glob("*/manifest.json")
+    assert json.loads(manifest.read_text())["metrics"]["server"]["cost"] == 4 * (7 + 3 * 10) / 1e6
+
+
 def test_a_judge_that_says_nothing_leaves_nothing_to_compare(
     cast: Callable[..., Cast], tmp_path: Path
 ) -> None:
@@ -350,7 +373,8 @@ def test_the_command(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixt
         (["model=x", "sets=gsm8k", "limt=3"], "Did you mean limit"),
         (["sets=gsm8k"], "model=FOLDER or model="),
         (["model=x"], "some of gsm8k, math500"),
-        (["model=x", "sets=[gsm8k,mt_bench]"], "judge.model=FOLDER"),
+        (["model=x", "sets=[gsm8k,mt_bench]"], "judge.model=FOLDER or judge.server.model=NAME"),
+        (["model=x", "sets=mt_bench", "judge.server.url=http://x"], "given as server.model=NAME"),
         (["model=x", "sets=mt_bench_zh", "judge.critic=y"], "judge.model=FOLDER"),
         (["model=x", "sets=gsm8k", "paths.gsm9k=f"], "by the names of sets"),
         (["model=x", "sets=mathusereval", "judge.model=y", "judge.prompt_file=none.txt"], "must be a file"),

@@ -17,8 +17,9 @@ from random import Random
 
 from selfcritique.answers import Verdict, compare, extract
 from selfcritique.config import Annotator, AnnotatorConfig, Reference
+from selfcritique.critique import parse_score
 from selfcritique.errors import UserError
-from selfcritique.records import Problem
+from selfcritique.records import Parse, Problem
 
 # What an analysis can say: the embedded model's tokenizer has each of these as one token.
 VOCABULARY = (
@@ -201,8 +202,6 @@ def annotator(config: AnnotatorConfig) -> Marker:
     """The annotator that `annotator=...` names."""
     if config.kind is Annotator.file:
         return _from_file(Path(config.path))
-    if config.kind is Annotator.openai:
-        raise UserError("annotator=openai is not built yet; use annotator=rules or annotator=file.")
     return lambda problem, _, response: annotate(problem, response)
 
 
@@ -233,6 +232,16 @@ def _from_file(path: Path) -> Marker:
         return Annotation(score, f"{body}\nScore: {score}", found.first_error, found.n_steps, found.correct)
 
     return mark
+
+
+def from_teacher(problem: Problem, response: str, critique: str, truncated: bool) -> Annotation | None:
+    """A teacher's critique as a mark, its end in the taught form; None without a whole readable score."""
+    score, parse = parse_score(critique, truncated)
+    if score is None or not score.is_integer():
+        return None
+    found = annotate(problem, response)
+    body = critique.rstrip() if parse is Parse.ok else f"{critique.rstrip()}\nScore: {int(score)}"
+    return Annotation(int(score), body, found.first_error, found.n_steps, found.correct)
 
 
 # ---- known corruptions ---------------------------------------------------------------------------------

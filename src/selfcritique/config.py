@@ -7,6 +7,7 @@ every fault at once.
 """
 
 import hashlib
+import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -40,6 +41,11 @@ def _how(default: Any) -> Any:
 def _content(default: str) -> Any:
     """A file or folder whose content, not its name, enters the key."""
     return field(default=default, metadata={"content": True})
+
+
+def _optional() -> Any:
+    """A part that most runs do not have: absent from the key while it is null."""
+    return field(default=None, metadata={"optional": True})
 
 
 class Source(StrEnum):
@@ -91,6 +97,7 @@ class Logger(StrEnum):
 
 class EngineKind(StrEnum):
     hf = "hf"
+    openai = "openai"  # a server with OpenAI's interface
     vllm = "vllm"  # optional packages: make setup-vllm
 
 
@@ -299,6 +306,36 @@ class ModelConfig:
 
 
 @dataclass
+class ServerConfig:
+    """A server with OpenAI's interface, asked by `engine/openai.py`."""
+
+    url: str = _how("https://api.openai.com/v1")
+    model: str = ""  # as the server calls it; empty (engines): the folder of the checkpoint in the store
+    body: dict[str, Any] = field(default_factory=dict)  # more fields of every request; null leaves one out
+    key_env: str = _how("OPENAI_API_KEY")  # the environment variable that holds the key, if it wants one
+    concurrency: int = _how(16)  # requests under way at once
+    timeout_s: float = _how(300.0)
+    retries: int = _how(8)  # of a request; waits double from half a second to a minute
+    requests_per_minute: int = _how(0)  # 0: no limit
+    tokens_per_minute: int = _how(0)
+    price_prompt: float = _how(0.0)  # per million tokens, for the cost in the stage's metrics
+    price_completion: float = _how(0.0)
+    cache: str = _how("store/requests.sqlite")  # replies by request; empty: none are kept
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z_]\w*", self.key_env):  # not shown: it may be the key
+            raise UserError("ServerConfig: key_env must be the name of an environment variable.")
+        counts = ("retries", "requests_per_minute", "tokens_per_minute", "price_prompt", "price_completion")
+        check(
+            self,
+            url=not self.url.startswith(("http://", "https://")) and "an address, http:// or https://",
+            concurrency=self.concurrency < 1 and "at least 1",
+            timeout_s=self.timeout_s <= 0 and "above 0",
+            **{name: getattr(self, name) < 0 and "at least 0" for name in counts},
+        )
+
+
+@dataclass
 class EngineConfig:
     kind: EngineKind = EngineKind.hf
     max_batch_tokens: int = (
@@ -306,6 +343,7 @@ class EngineConfig:
     )
     dtype: str = "float32"
     device: str = _how("cpu")  # hf
+    server: ServerConfig | None = _optional()  # openai
     max_model_len: int = _how(0)  # vllm: tokens of the longest prompt and answer; 0: the model's context
     kv_cache_gb: float = _how(1.0)  # vllm on a CPU: keys and values
     gpu_memory_utilization: float = _how(0.9)  # vllm on GPUs: share for weights, keys and values
@@ -315,6 +353,7 @@ class EngineConfig:
         check(
             self,
             max_batch_tokens=self.max_batch_tokens < 1 and "at least 1",
+            server=self.kind is EngineKind.openai and self.server is None and "given (kind=openai)",
             max_model_len=self.max_model_len < 0 and "at least 0 (0: the model's context)",
             kv_cache_gb=self.kv_cache_gb <= 0 and "above 0",
             gpu_memory_utilization=not 0 < self.gpu_memory_utilization <= 1 and "above 0 and at most 1",
@@ -349,9 +388,15 @@ class SamplingConfig:
 class AnnotatorConfig:
     kind: Annotator = Annotator.rules
     path: str = _content("")  # kind=file: CSV with response_id and score, optional analysis
+    server: ServerConfig | None = _optional()  # kind=openai: the teacher
 
     def __post_init__(self) -> None:
-        check(self, path=self.kind == Annotator.file and not self.path and "a CSV file (kind=file)")
+        teacher = self.server is not None and self.server.model
+        check(
+            self,
+            path=self.kind == Annotator.file and not self.path and "a CSV file (kind=file)",
+            kind=self.kind is Annotator.openai and not teacher and "given its teacher: server.model=NAME",
+        )
 
 
 @dataclass
@@ -595,14 +640,18 @@ class JudgeConfig:
     """Who scores free answers. Judge and critic may both be given; both are then reported."""
 
     model: str = ""  # checkpoint folder of a judge, asked by the protocol of the set
+    server: ServerConfig | None = None  # a judge behind a server, instead of `model`
     critic: str = ""  # checkpoint folder of a critic, asked as the pipeline asks it; mathusereval only
     prompt_file: str = _content("")  # mathusereval: a prompt with {question}, {reference} and {answer}
     max_tokens: int = 1024
 
     def __post_init__(self) -> None:
         missing = bool(self.prompt_file) and not Path(self.prompt_file).expanduser().is_file()
+        nameless = self.server is not None and not self.server.model
         check(
             self,
+            model=(nameless and "given as server.model=NAME, where there is a server")
+            or (bool(self.model and self.server) and "empty where there is a server"),
             prompt_file=missing and "a file",
             max_tokens=self.max_tokens < 1 and "at least 1",
         )
@@ -635,9 +684,9 @@ class SuiteConfig:
             sets=not self.sets and f"some of {', '.join(EvalSet)}",
             paths=bool(self.paths.keys() - set(EvalSet)) and "by the names of sets",
             judge=bool(judged)
-            and not self.judge.model
+            and not (self.judge.model or self.judge.server)
             and only_critic
-            and f"set for {', '.join(sorted(judged))}: judge.model=FOLDER",
+            and f"set for {', '.join(sorted(judged))}: judge.model=FOLDER or judge.server.model=NAME",
             limit=self.limit < 0 and "at least 0",
             max_tokens=self.max_tokens < 1 and "at least 1",
             window=self.window < 2 and "at least 2",
@@ -774,7 +823,10 @@ def _faults(node: Any, path: str) -> list[str]:
 def key_part(config: Any) -> Any:
     """What of a config enters an artifact's key, as JSON data: all but what only changes speed."""
     if is_dataclass(config):
-        kept = (f for f in fields(config) if f.metadata.get("key", True))
+        absent = {
+            f.name for f in fields(config) if f.metadata.get("optional") and not getattr(config, f.name)
+        }
+        kept = (f for f in fields(config) if f.metadata.get("key", True) and f.name not in absent)
         return {
             f.name: content_digest(getattr(config, f.name))
             if f.metadata.get("content")

@@ -17,6 +17,7 @@ from selfcritique.checkpoints import find_checkpoint
 from selfcritique.config import (
     Annotator,
     Arm,
+    EngineConfig,
     OnFail,
     Pool,
     Restart,
@@ -306,6 +307,7 @@ def execute(
     where too many critiques have no score."""
     done: dict[str, Artifact] = {}
     needed = graph.needed(until)
+    _check_server(graph.run.engine, needed)
     for number, node in enumerate(needed, 1):
         progress = Progress(f"[{number}/{len(needed)}] {node.name}")
         inputs = {role: done[n.name] for role, n in node.inputs.items()}
@@ -332,6 +334,18 @@ def run_stage(
     artifact = store.build(stage.name, stage.version, key, part, inputs, work, waiting=progress.close)
     progress.close(f"{'reused' if artifact.cached else 'done'} ({duration(artifact.wall_s)})")
     return artifact
+
+
+def _check_server(engine: EngineConfig, needed: Iterable[Node]) -> None:
+    if engine.server is None or not engine.server.model:
+        return
+    asked = {n.inputs[role].name for n in needed for role in ("model", "critic")
+             if role in n.inputs and n.stage in (SAMPLE, SCORE)}  # fmt: skip
+    if len(asked) > 1:
+        raise UserError(
+            f"engine.server.model names one model, but this run asks {', '.join(sorted(asked))}: leave it "
+            "empty and serve each checkpoint under its folder's name, or stop before the second (until=)."
+        )
 
 
 def _check_parses(run: RunConfig, node: Node, scored: Artifact) -> None:

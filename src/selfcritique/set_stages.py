@@ -13,7 +13,7 @@ from selfcritique.data import sets
 from selfcritique.errors import UserError
 from selfcritique.progress import Progress
 from selfcritique.records import Message, Problem, Prompt
-from selfcritique.stages import Inputs, Metrics, complete, journaled, open_engine
+from selfcritique.stages import Inputs, Metrics, complete, journaled, open_engine, served
 
 
 def read_problems(inputs: Inputs) -> pl.DataFrame:
@@ -63,7 +63,7 @@ def converse(config: Converse, inputs: Inputs, out: Path, progress: Progress) ->
                 rows.append((asked[here[k]][0], turn, text, n, cut))
     table = pl.DataFrame(rows, schema=["problem_id", "turn", "text", "n_tokens", "truncated"], orient="row")
     table.write_parquet(out / "responses.parquet")
-    return {"responses": table.height, "truncated": int(table["truncated"].sum())}
+    return {"responses": table.height, "truncated": int(table["truncated"].sum()), **served(engine)}
 
 
 @dataclass
@@ -89,7 +89,8 @@ def judge(config: Judge, inputs: Inputs, out: Path, progress: Progress) -> Metri
     )
     earlier = {(p, t): text for p, t, text in answers.select("problem_id", "turn", "text").iter_rows()}
     prompts = [_judge_prompt(config, row, earlier) for row in rows.iter_rows(named=True)]
-    with open_engine(config.engine, inputs["judge"].path, out) as engine:
+    checkpoint = inputs["judge"].path if "judge" in inputs else None
+    with open_engine(config.engine, checkpoint, out) as engine:
         said = complete(engine, prompts, SamplingParams(1, 0.0, config.max_tokens, 0), out, progress)
     names = tuple(DIMENSIONS) if config.set is EvalSet.mathusereval else ()
     texts = [text for _, _, text, _, _ in said]
@@ -106,7 +107,7 @@ def judge(config: Judge, inputs: Inputs, out: Path, progress: Progress) -> Metri
         verdict=pl.Series(texts),
     )
     table.write_parquet(out / "judged.parquet")
-    return {"answers": table.height, "failed": table["score"].null_count()}
+    return {"answers": table.height, "failed": table["score"].null_count(), **served(engine)}
 
 
 def _judge_prompt(config: Judge, row: Mapping[str, Any], answers: Mapping[tuple[str, int], str]) -> Prompt:
@@ -153,7 +154,7 @@ def choose(config: Choose, inputs: Inputs, out: Path, progress: Progress) -> Met
         chosen=pl.Series([letters[i] for i in likeliest]), missing_mass=pl.Series([m for _, _, m in rows])
     )
     table.write_parquet(out / "choices.parquet")
-    return {"questions": table.height, "missing_mass": table["missing_mass"].mean()}
+    return {"questions": table.height, "missing_mass": table["missing_mass"].mean(), **served(engine)}
 
 
 @dataclass

@@ -35,6 +35,7 @@ from selfcritique.config import (
     Reference,
     SamplingConfig,
     SelectConfig,
+    ServerConfig,
     TinyConfig,
     TrainConfig,
     TrainerConfig,
@@ -131,7 +132,6 @@ class CriticData:
 def critic_data(config: CriticData, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
     """What the critic learns from: sampled answers and corruptions of right ones, balanced by band."""
     from selfcritique.annotate import (
-        Marked,
         annotate,
         annotator,
         answers_only,
@@ -147,13 +147,10 @@ def critic_data(config: CriticData, inputs: Inputs, out: Path, progress: Progres
         (by_id[pid], rid, text)
         for pid, rid, text in table.select("problem_id", "response_id", "text").iter_rows()
     ]
-    mark = annotator(config.annotator)
-    marked: list[Marked] = []
-    for done, (problem, response_id, text) in enumerate(candidates, 1):
-        annotation = mark(problem, response_id, text)
-        if annotation is not None:
-            marked.append((problem, response_id, text, annotation))
-        progress(done, len(candidates))
+    if config.annotator.server is not None:
+        marked, asked = _taught(config.annotator.server, candidates, out, progress)
+    else:
+        marked, asked = _marked(annotator(config.annotator), candidates, progress), {}
     clean = [(problem, text) for problem, _, text, a in marked if band(a.score) == "top"]
     broken = corruptions(clean, config.data.corruptions, rng)
     marked += [(problem, "", text, annotate(problem, text)) for problem, text in broken]
@@ -180,7 +177,43 @@ def critic_data(config: CriticData, inputs: Inputs, out: Path, progress: Progres
         "marked": len(marked),
         "examples": len(rows),
         "by_score": {str(s): n for s, n in scores.iter_rows()},
+        **asked,
     }
+
+
+TEACHER_TOKENS = 1024
+Candidate = tuple[Problem, str, str]  # with a response's id and text
+
+
+def _marked(mark: Any, candidates: Sequence[Candidate], progress: Progress) -> list[Any]:
+    """The candidates that the annotator marks, with its marks."""
+    marked = []
+    for done, (problem, response_id, text) in enumerate(candidates, 1):
+        annotation = mark(problem, response_id, text)
+        if annotation is not None:
+            marked.append((problem, response_id, text, annotation))
+        progress(done, len(candidates))
+    return marked
+
+
+def _taught(
+    server: ServerConfig, candidates: Sequence[Candidate], out: Path, progress: Progress
+) -> tuple[list[Any], Metrics]:
+    """As `_marked` by a served teacher, who sees the reference; unreadable answers are left out."""
+    from selfcritique.annotate import from_teacher
+    from selfcritique.engine.base import SamplingParams
+
+    prompts = [
+        critique_prompt(
+            PromptStyle.instruct, p, text, Reference.solution if p.reference else Reference.answer
+        )
+        for p, _, text in candidates
+    ]
+    with open_engine(EngineConfig(EngineKind.openai, server=server), None, out) as engine:
+        said = complete(engine, prompts, SamplingParams(1, 0.0, TEACHER_TOKENS, 0), out, progress)
+    found = [from_teacher(*candidates[i][::2], text, cut) for i, _, text, _, cut in said]
+    marked = [(*c, a) for c, a in zip(candidates, found, strict=True) if a is not None]
+    return marked, {"teacher_failures": len(found) - len(marked), **served(engine)}
 
 
 @dataclass
@@ -412,20 +445,35 @@ def dpo(config: Dpo, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
 
 
 @contextmanager
-def open_engine(config: EngineConfig, model: Path, out: Path) -> Iterator[Any]:
-    """The engine on a checkpoint; what a process of its own prints is kept in `out`'s scratch folder."""
-    plain = plain_checkpoint(model)
+def open_engine(config: EngineConfig, model: Path | None, out: Path) -> Iterator[Any]:
+    """The engine on a checkpoint (a server may name its model itself); what a process of its own prints is
+    kept in `out`'s scratch folder."""
+    plain = None if model is None else plain_checkpoint(model)
     opened: AbstractContextManager[Any]
-    if config.kind is EngineKind.vllm:
+    if config.kind is EngineKind.openai:
+        from selfcritique.engine.openai import OpenAIEngine
+
+        assert config.server is not None
+        opened = OpenAIEngine(config.server, plain)
+    elif config.kind is EngineKind.vllm:
         from selfcritique.engine.vllm import VllmEngine
 
+        assert plain is not None
         opened = VllmEngine(plain, config, out / "scratch" / "vllm.log")
     else:
         from selfcritique.engine.hf import HfEngine
 
+        assert plain is not None
         opened = HfEngine(plain, config.max_batch_tokens, config.dtype, config.device)
     with opened as engine:
         yield engine
+
+
+def served(engine: Any) -> Metrics:
+    """What a server was asked and what that cost; nothing of an engine of this machine."""
+    from selfcritique.engine.openai import OpenAIEngine
+
+    return {"server": engine.usage()} if isinstance(engine, OpenAIEngine) else {}
 
 
 def journaled(
@@ -510,6 +558,7 @@ def sample(config: Sample, inputs: Inputs, out: Path, progress: Progress) -> Met
         "verdicts": verdicts,
         "truncated": int(table["truncated"].sum()),
         "tokens": int(table["n_tokens"].sum()),
+        **served(engine),
     }
 
 
@@ -559,7 +608,8 @@ def score(config: Score, inputs: Inputs, out: Path, progress: Progress) -> Metri
         resumed, start = _journal(out).exists(), time.perf_counter()
         rows = read(config, engine, prompts, out, progress)
         seconds = (time.perf_counter() - start) / max(len(prompts), 1)
-    return write_scores(responses, rows, out) | {"seconds_per_response": None if resumed else seconds}
+    times = {"seconds_per_response": None if resumed else seconds}
+    return write_scores(responses, rows, out) | times | served(engine)
 
 
 Reading = tuple[int, int, str, float | None, str, float | None]

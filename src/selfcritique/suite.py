@@ -20,7 +20,7 @@ import polars as pl
 from selfcritique import set_stages
 from selfcritique.artifacts import Artifact, Store, write_json
 from selfcritique.compare import markdown_table
-from selfcritique.config import EvalSet, SamplingConfig, SuiteConfig, key_part
+from selfcritique.config import EngineConfig, EngineKind, EvalSet, SamplingConfig, SuiteConfig, key_part
 from selfcritique.data import sets
 from selfcritique.errors import UserError
 from selfcritique.evaluate import (
@@ -117,13 +117,15 @@ class Suite:
             ("judge", c.judge.model),
             ("critic", c.judge.critic if name is EvalSet.mathusereval else ""),
         ):
-            if not path:
+            server = c.judge.server if who == "judge" else None
+            if not path and server is None:
                 continue
-            checkpoint = self.make(who, CHECKPOINT, checkpoint_of(path))
+            engine = c.engine if server is None else EngineConfig(EngineKind.openai, server=server)
+            checkpoint = {"judge": self.make(who, CHECKPOINT, checkpoint_of(path))} if path else {}
             prompt = c.judge.prompt_file if name is EvalSet.mathusereval and who == "judge" else ""
-            config = set_stages.Judge(name, c.engine, c.judge.max_tokens, who == "critic", c.prompts, prompt)
+            config = set_stages.Judge(name, engine, c.judge.max_tokens, who == "critic", c.prompts, prompt)
             made = self.make(
-                f"{name} {label} {who}", JUDGE, config, problems=problems, responses=answers, judge=checkpoint
+                f"{name} {label} {who}", JUDGE, config, problems=problems, responses=answers, **checkpoint
             )
             rows = pl.read_parquet(made.path / "judged.parquet")
             whole = rows.group_by("problem_id", "source", "family", "subject", maintain_order=True).agg(

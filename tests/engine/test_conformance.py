@@ -5,8 +5,8 @@ for the whole module, so it answers many calls, some after calls that were given
 texts and scores are plain Transformers' in float64, one prompt at a time.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from math import exp
 from pathlib import Path
 from shutil import copytree
@@ -15,14 +15,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from selfcritique.config import EngineConfig
+from selfcritique.config import EngineConfig, ServerConfig
 from selfcritique.engine.base import BatchResult, Completion, Engine, SamplingParams
 from selfcritique.engine.hf import HfEngine
+from selfcritique.engine.openai import OpenAIEngine
 from selfcritique.engine.scripted import ScriptedEngine
 from selfcritique.engine.vllm import VllmEngine
 from selfcritique.errors import UserError
 from selfcritique.prompts import PromptEncoder
 from selfcritique.records import Message, Prompt
+from servers import serve_vllm
 
 
 def open_vllm(path: Path) -> VllmEngine:
@@ -30,9 +32,18 @@ def open_vllm(path: Path) -> VllmEngine:
     return VllmEngine(path, EngineConfig(max_batch_tokens=512, kv_cache_gb=0.1), path.parent / "vllm.log")
 
 
+@contextmanager
+def open_openai(path: Path) -> Iterator[OpenAIEngine]:
+    """vLLM's own server on loopback."""
+    pytest.importorskip("vllm")
+    with serve_vllm(path, path.parent / "server.log") as (url, _):
+        yield OpenAIEngine(ServerConfig(url, cache=""), path)
+
+
 ENGINES: dict[str, Callable[[Path], AbstractContextManager[Engine]]] = {
     "hf": lambda path: HfEngine(path, max_batch_tokens=200),
     "vllm": open_vllm,
+    "openai": open_openai,
     "scripted": lambda path: ScriptedEngine(lambda p, s: f"{p.messages[-1].content} {s} " + "x " * 5 * s),
 }
 MODELS = [name for name in ENGINES if name != "scripted"]
