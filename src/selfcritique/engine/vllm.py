@@ -178,7 +178,7 @@ class VllmEngine:
         check_context(ids, new_tokens, self.context)
         plan = plan_batches(ids, rows=1, new_tokens=1, max_tokens=0, max_rows=1, salt=salt)
         rest = [batch for batch in plan if batch.batch_id not in done]
-        return sorted(rest, key=lambda batch: ids[batch.indices[0]])
+        return sorted(rest, key=lambda batch: list(ids[batch.indices[0]]))
 
     def _answers(self, requests: Sequence[Request], seed: int) -> Iterator[Answer]:
         """Each request's answer as it comes. A process that dies is started once more, with the rest."""
