@@ -94,7 +94,7 @@ def test_what_fails_for_good_is_told_and_the_rest_is_kept() -> None:
             with pytest.raises(UserError, match=r"any of 3 attempts \(server.retries=2\).*500") as error:
                 got.extend(stream)
         assert server.url in str(error.value) and len(server.seen["question 5"]) == 3
-        assert set(texts(got)) == {(i, 0) for i in range(8)} - {(5, 0)} or len(got) < 7
+        assert (5, 0) not in texts(got)
         bad.clear()
         with client(server) as engine:
             rest = list(engine.generate(PROMPTS, GREEDY, done={b.batch_id for b in got}))
