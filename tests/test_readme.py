@@ -15,7 +15,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from runs import TINY, Finished, compose, run
+from runs import TINY, Finished, compose, read_json, run
 from selfcritique.results import load_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,11 +83,12 @@ def places(tmp_path_factory: pytest.TempPathFactory, smoke: Finished) -> dict[st
 
 
 def standing(folder: Path) -> dict[str, str]:
-    """The last run of each experiment for outputs/NAME/TIME, and one of its responses."""
+    """The last run of each experiment for outputs/NAME/TIME, and a response of the last run that sampled."""
     runs = sorted(folder.glob("outputs/*/*/lineage.json"), key=lambda path: path.stat().st_mtime)
-    pool = next(folder.glob("store/sample/*/responses.parquet"))
+    pool = [entry for path in runs if (entry := read_json(path).get("pool_rft"))][-1]
+    rows = pl.read_parquet(folder / "store" / pool["stage"] / pool["key"] / "responses.parquet")
     found = {f"outputs/{path.parts[-3]}/TIME": str(path.parent.relative_to(folder)) for path in runs}
-    return found | {"RESPONSE_ID": str(pl.read_parquet(pool)["response_id"][0])}
+    return found | {"RESPONSE_ID": str(rows["response_id"][0])}
 
 
 def mark(folder: Path, names: list[str]) -> None:
