@@ -10,7 +10,7 @@ PIP_VERSION := 26.3
 demo: $(VENV)/.runtime
 	$(BIN)/selfcritique experiment=demo
 
-test: $(VENV)/.dev chromium slurm
+test: $(VENV)/.vllm chromium slurm
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.dev

@@ -24,11 +24,18 @@ PAGES = [
     "experiments/demo/run.sh",
     "docs/report.md",
     "docs/scaling.md",
+    "docs/sweeps.md",
     "docs/your_model_and_data.md",
 ]
 # What wants a GPU, a server or a cluster is planned; the rest runs.
-PLANNED = {"trainer=gpu", "engine=openai", "engine=ray", "engine=vllm", "hydra/launcher=slurm_gpu"}
-ADDED = {"evaluate": ["max_tokens=8"], "critic-card": ["probes=2"]}  # a tiny context, a short wait
+PLANNED = {
+    "trainer=gpu",
+    "engine=openai",
+    "engine=vllm",
+    "hydra/launcher=slurm_gpu",
+    "experiment=lambda_beta",
+}
+ADDED = {"evaluate": ["max_tokens=8"], "critic-card": ["probes=2"], "tune": ["space=FOLDER/space.yaml"]}
 MAKE = ("make demo", "make test", "make setup-vllm")  # the recipes are checked below
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
 
@@ -57,6 +64,8 @@ def small(word: str, places: dict[str, str]) -> list[str]:
         return [*TINY, f"name={word.partition('=')[2]}", *by]
     if word == "rft.select.threshold=9":  # which no critic of this size gives
         return ["rft.select.threshold=2"]
+    if word == "trials=30":
+        return ["trials=1"]
     for name, place in places.items():
         word = re.sub(rf"(?<![\w/]){name}(?!\w)", place, word)
     return [word]
@@ -71,6 +80,7 @@ def places(tmp_path_factory: pytest.TempPathFactory, smoke: Finished) -> dict[st
         for i in range(1100)
     ]
     (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "space.yaml").write_text("space:\n  dpo.loss.lam: {choices: [0.5, 1]}\n")
     mine = folder / "experiment" / "mine.yaml"
     mine.parent.mkdir()
     mine.write_text("# @package _global_\ndefaults: [smoke, _self_]\nname: mine\nrounds: {n: 1}\n")
@@ -106,8 +116,8 @@ def test_commands(page: str, places: dict[str, str], started: Path) -> None:
     for words in commands(ROOT / page):
         if words[:2] == ["annotate", "import"]:
             mark(started, ["anna.csv", "ben.csv"])
+        words += ADDED.get(words[0], [])
         given = [part for word in words for part in small(word, places | standing(started))]
-        given += ADDED.get(words[0], [])
         given += ["plan=true"] if PLANNED & set(words) else []
         finished = run(started, *given)
         assert finished.code == 0, (words, finished.stderr[-2000:])

@@ -26,7 +26,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from enum import StrEnum
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -218,11 +217,7 @@ class Journal:
 # ---- locks ---------------------------------------------------------------------------------------------
 
 
-class Locking(StrEnum):
-    flock = "flock"  # one machine
-    lease = "lease"  # file systems that several machines share, where flock may be local or missing
-
-
+LEASE = "LEASE"  # a file in a store that several machines share, where flock may be local or missing
 Say = Callable[[str], None]
 StillMine = Callable[[], bool]
 
@@ -248,7 +243,7 @@ def _flock(path: Path, waiting: Say | None) -> Iterator[StillMine | None]:
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
             raise UserError(
-                f"{path}: this file system has no flock; set the store's lock to `lease`"
+                f"{path}: this file system has no flock; make an empty file {LEASE} in the store's folder"
             ) from error
         yield (lambda: True) if held else None
 
@@ -383,10 +378,9 @@ class Disk(NamedTuple):
 class Store:
     """Artifacts under one root, shared by any number of processes."""
 
-    def __init__(self, root: Path, lock: Locking = Locking.flock, stale_s: float = 120.0) -> None:
+    def __init__(self, root: Path, stale_s: float = 120.0) -> None:
         """stale_s: a lease silent for so long is taken over; well above any pause of a working process."""
         self.root = root
-        self._locking = lock
         self._stale_s = stale_s
 
     def find(self, stage: str, key: str, inputs: Mapping[str, Artifact] | None) -> Artifact | None:
@@ -467,9 +461,9 @@ class Store:
                 ) from error
         path = locks / f"{stage}-{key}"
         return (
-            _flock(path, waiting)
-            if self._locking is Locking.flock
-            else _Lease(path, self._stale_s).hold(waiting)
+            _Lease(path, self._stale_s).hold(waiting)
+            if (self.root / LEASE).exists()
+            else _flock(path, waiting)
         )
 
     def ls(self) -> list[Entry]:
