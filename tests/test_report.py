@@ -451,7 +451,7 @@ def test_the_samples_in_a_browser(
     times.append(view.evaluate(FILTER, ["verdict", "correct"]))
     expect([s for s in wanted if s["verdict"] == "correct"])
     view.click("button[type=reset]")
-    view.wait_for_function(f"document.querySelector('#count').innerText.startsWith('{len(held):,}')")
+    view.locator("#count", has_text=re.compile(f"^{len(held):,} of")).wait_for()
     times.append(view.evaluate(FILTER, ["q", " ZEBRA"]))
     expect(wanted := [s for s in held if "zebra" in s["response"]])
     assert len(wanted) > 1
@@ -462,12 +462,10 @@ def test_the_samples_in_a_browser(
     view.keyboard.press("Tab")  # from the body to the first link: all is reached without a mouse
     view.focus("#list a >> nth=1")
     view.keyboard.press("Enter")
-    view.wait_for_function("document.querySelector('#sample h3').innerText.includes('/')")
+    view.locator("#sample h3", has_text="/").wait_for()
     assert opened.open() == "{stage}/{response_id}".format(**wanted[1])
     view.keyboard.press("k")
-    view.wait_for_function(
-        f"document.querySelector('#sample').innerText.includes('{wanted[0]['response_id']}')"
-    )
+    view.locator("#sample", has_text=wanted[0]["response_id"]).wait_for()
     assert view.locator("#list a[aria-current]").count() == 1
     view.keyboard.press("/")
     assert view.evaluate("document.activeElement.name") == "q"

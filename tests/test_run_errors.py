@@ -136,7 +136,7 @@ class FullAfter:
 
 
 def full_parquet(self: pl.DataFrame, file: Path, **rest: Any) -> None:
-    if Path(file).name == "selected.parquet":
+    if Path(file).stem == "selected":
         raise pl.exceptions.ComputeError("No space left on device (os error 28)")
     file.write_bytes(b"")
     self.lazy().sink_parquet(file)

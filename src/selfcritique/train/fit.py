@@ -420,7 +420,7 @@ def _save(
 def _lightning(trainer: TrainerConfig, state: "_State") -> pl.Trainer:
     """A Trainer that only trains: progress, figures and checkpoints are ours."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
     return pl.Trainer(
         accelerator=trainer.accelerator.value,
         devices=trainer.processes,
