@@ -299,7 +299,8 @@ class Turns:
         self.wait(**figures)
 
     def start_counting(self) -> None:
-        """FLOPs in the first turn, the machine's peak before each, a profile in the third."""
+        """The machine's peak before each turn, FLOPs in one (the first also makes the reference), a profile in
+        another."""
         import torch
         from torch.utils.flop_counter import FlopCounterMode
 
@@ -308,7 +309,7 @@ class Turns:
         turn = self.done // self.per_turn
         matmul_peak(torch.device("cpu"), torch.float32)  # the fit's own, before anything is counted
         self.peak = matmul_peak.__wrapped__(torch.device("cpu"), torch.float32)
-        if turn == 0:
+        if turn == COUNTED:
             self.counter = FlopCounterMode(display=False).__enter__()
         if turn == PROFILED:
             self.profile = torch.profiler.profile().__enter__()
@@ -324,7 +325,7 @@ class Turns:
         return found
 
 
-PROFILED = 2
+COUNTED, PROFILED = 1, 2
 KINDS = {  # of operations: how their names in a profile start, after "aten::"
     "matrix products": ("mm", "addmm", "bmm"),
     "attention": ("_scaled_dot",),
@@ -358,7 +359,7 @@ def work(job: Job) -> None:
             check_parity(job.task, options, model, shortest, out)
         print(json.dumps({}), file=channel, flush=True)
         return
-    epochs = job.rounds + 1
+    epochs = job.rounds + (3 if job.count else 1)
     if job.side == "ours":
         import selfcritique.train.fit  # noqa: F401  # resident before the model is
 
@@ -469,12 +470,12 @@ def measure(what: str, task: str, setting: str, size: str) -> Measured:
 def _peak_fraction(ours: Worker, rounds: int, about: dict[str, Any]) -> Measured:
     try:
         ours.answer()
-        for _ in range(1 + rounds):
+        for _ in range(3 + rounds):
             ours.turn()
     finally:
         ours.close()
-    flops = ours.turns[0]["flops"]
-    timed = [turn for turn in ours.turns[1:] if "profile" not in turn]
+    flops = ours.turns[COUNTED]["flops"]
+    timed = ours.turns[3:]
     fractions = sorted(flops / turn["seconds"] / turn["peak_flops"] for turn in timed)
     about |= {"tflop": round(flops / 1e12, 3), "gflops_peak": round(timed[-1]["peak_flops"] / 1e9)}
     about["profile_percent"] = ours.turns[PROFILED]["profile"]

@@ -172,16 +172,12 @@ def test_profile_is_shared_out_by_kind() -> None:
     assert found == {"matrix products": 60, "elementwise": 20, "moving memory": 10, "other": 10}
 
 
-def test_peak_fraction_is_of_the_rounds_without_a_profile() -> None:
-    """10 FLOP in 2, 4 and (profiled) 100 s against peaks of 10, 5 and 1 FLOP/s: 0.5 and 0.5."""
-    seconds = [(1.0, 1.0), (2.0, 10.0), (100.0, 1.0), (4.0, 5.0)]
+def test_peak_fraction_is_of_the_rounds_with_nothing_else() -> None:
+    """10 FLOP, counted in the second turn, in 2 and 4 s against peaks of 10 and 5 FLOP/s: 0.5 and 0.5."""
+    seconds = [(1.0, 1.0), (100.0, 1.0), (100.0, 1.0), (2.0, 10.0), (4.0, 5.0)]
     turns = iter([{"seconds": s, "peak_flops": p} for s, p in seconds])
     worker = SimpleNamespace(turns=[], answer=lambda: None, close=lambda: None)
-
-    def turn() -> None:
-        found = next(turns) | ({"flops": 10} if not worker.turns else {})
-        worker.turns.append(found | ({"profile": {}} if len(worker.turns) == training.PROFILED else {}))
-
-    worker.turn = turn
-    found = training._peak_fraction(worker, 3, {})
+    extra = {training.COUNTED: {"flops": 10}, training.PROFILED: {"profile": {}}}
+    worker.turn = lambda: worker.turns.append(next(turns) | extra.get(len(worker.turns), {}))
+    found = training._peak_fraction(worker, 2, {})
     assert (found.ratio, found.low, found.high) == (0.5, 0.5, 0.5)
