@@ -299,8 +299,8 @@ class Turns:
         self.wait(**figures)
 
     def start_counting(self) -> None:
-        """The machine's peak before each turn, FLOPs in one (the first also makes the reference), a profile in
-        another."""
+        """The machine's peak before each turn; FLOPs in one turn (not the first, which also makes the
+        reference), a profile in another."""
         import torch
         from torch.utils.flop_counter import FlopCounterMode
 
