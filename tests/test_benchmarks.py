@@ -106,7 +106,7 @@ def test_ours_takes_its_turns_in_its_own_process(tmp_path: Path) -> None:
     heads = sum(len(p.chosen_ids) for p in pairs)
     backbone = 3 * (4 * 96 * 96 + 3 * 96 * 256)
     exact = 6 * (backbone * tokens + 96 * vocabulary * heads)  # forward, and twice as much backward
-    assert "flops" not in first and exact <= second["flops"] < 1.25 * exact  # padding is computed, and counted, too
+    assert "flops" not in first and exact <= second["flops"] < 1.25 * exact  # padding counts too
 
 
 def test_trl_takes_its_turns_in_its_own_process(tmp_path: Path) -> None:
