@@ -112,5 +112,7 @@ def test_a_killed_run_leaves_no_process_and_its_rerun_repeats_nothing(tmp_path: 
     assert lines == [3, 6]
     table = pl.read_parquet(store / folder / "responses.parquet")
     assert table.select("problem_id", "sample").is_unique().all() and table.height == 8 * 2
-    scored = pl.read_parquet(again.artifact("scores_rft") / "critiques.parquet")
+    scored = pl.read_parquet(
+        store / again.artifact("scores_rft").relative_to(again.store) / "critiques.parquet"
+    )
     assert scored["score"].null_count() == 0 and scored["missing_mass"].is_between(0, 1).all()
