@@ -95,7 +95,8 @@ def run(
     paths = os.pathsep.join([*map(str, PATHS), os.environ.get("PYTHONPATH", "")])
     with mock.patch.dict(os.environ, PYTHONPATH=paths, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1"):
         forkserver.ensure_running()
-    process = context.Process(target=_main, args=(folder, words, hook))
+        environment = dict(os.environ)  # now, which may be another one than the fork server's
+    process = context.Process(target=_main, args=(folder, words, environment, hook))
     process.start()
     process.join(timeout_s)
     if process.exitcode is None:
@@ -106,7 +107,11 @@ def run(
     return Finished(process.exitcode, folder, *texts)
 
 
-def _main(folder: Path, words: Sequence[str], hook: Callable[[], object] | None) -> None:
+def _main(
+    folder: Path, words: Sequence[str], environment: dict[str, str], hook: Callable[[], object] | None
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
     os.chdir(folder)
     sys.stdout, sys.stderr = Path("stdout").open("w"), Path("stderr").open("w")  # noqa: SIM115
     for number, file in ((1, sys.stdout), (2, sys.stderr)):

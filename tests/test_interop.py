@@ -46,7 +46,7 @@ def logps(model: Any, folder: Path) -> list[float]:
 
 
 def by_engine(folder: Path) -> list[float]:
-    with open_engine(EngineConfig(max_batch_tokens=400), folder) as engine:
+    with open_engine(EngineConfig(max_batch_tokens=400), folder, folder) as engine:
         (batch,) = engine.continuation_logprobs([Prompt((Message("user", QUESTION),))], ANSWERS)
     return list(batch.scores[0].logps)
 
