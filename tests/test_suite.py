@@ -44,11 +44,11 @@ class Cast:
         self.die_at: int | None = None
         for name, folder in self.folders.items():
             Path(folder).mkdir(parents=True)
-            (Path(folder) / "config.json").write_text(name)
+            (Path(folder) / "config.json").write_text(json.dumps({"name": name}))
 
     @contextmanager
     def open(self, config: object, model: Path, out: Path) -> Iterator[ScriptedEngine]:
-        name = (model / "config.json").read_text()
+        name = json.loads((model / "config.json").read_text())["name"]
 
         def answer(prompt: Prompt, sample: int) -> str:
             self.asked.append((name, prompt.messages[-1].content))
