@@ -111,15 +111,21 @@ def mark(folder: Path, names: list[str]) -> None:
             sheet.writerows(row | {"score": 4 + 3 * (i % 2)} for i, row in enumerate(rows))
 
 
+@pytest.fixture
+def begun(started: Path, tmp_path: Path) -> Path:
+    """A copy of the folder with the first runs: what a page adds is its own."""
+    return shutil.copytree(started, tmp_path / "begun", symlinks=True)
+
+
 @pytest.mark.parametrize("page", PAGES)
-def test_commands(page: str, places: dict[str, str], started: Path) -> None:
+def test_commands(page: str, places: dict[str, str], begun: Path) -> None:
     for words in commands(ROOT / page):
         if words[:2] == ["annotate", "import"]:
-            mark(started, ["anna.csv", "ben.csv"])
+            mark(begun, ["anna.csv", "ben.csv"])
         words += ADDED.get(words[0], [])
-        given = [part for word in words for part in small(word, places | standing(started))]
+        given = [part for word in words for part in small(word, places | standing(begun))]
         given += ["plan=true"] if PLANNED & set(words) else []
-        finished = run(started, *given)
+        finished = run(begun, *given)
         assert finished.code == 0, (words, finished.stderr[-2000:])
         if "plan=true" in given:
             assert "stages would run" in finished.stdout
@@ -149,7 +155,7 @@ def patched(page: str, folder: Path) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(folder / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def test_the_worked_example(places: dict[str, str], started: Path, tmp_path: Path) -> None:
+def test_the_worked_example(places: dict[str, str], begun: Path, tmp_path: Path) -> None:
     page = (ROOT / "docs" / "extending.md").read_text()
     environment = patched(page, tmp_path)
     (example,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
@@ -159,9 +165,9 @@ def test_the_worked_example(places: dict[str, str], started: Path, tmp_path: Pat
     for words in commands(ROOT / "docs" / "extending.md"):
         given = [part for word in words for part in small(word, places)]
         command = [sys.executable, "-m", "selfcritique", *given]
-        subprocess.run(command, cwd=started, env=environment, check=True, stdout=subprocess.DEVNULL)
-    (selected,) = (load_run(path.parent, started / "store").path("select", "selected.parquet")
-                   for path in started.glob("outputs/mine/*/lineage.json"))  # fmt: skip
+        subprocess.run(command, cwd=begun, env=environment, check=True, stdout=subprocess.DEVNULL)
+    (selected,) = (load_run(path.parent, begun / "store").path("select", "selected.parquet")
+                   for path in begun.glob("outputs/mine/*/lineage.json"))  # fmt: skip
     kept = pl.read_parquet(selected).filter("selected")
     assert kept.height and kept.select("problem_id", "n_tokens").is_unique().all()
 
