@@ -16,7 +16,7 @@ test: $(VENV)/.vllm chromium slurm
 lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests benchmarks && $(BIN)/ruff format --check src tests benchmarks && $(BIN)/mypy
 
-bench: $(VENV)/.dev
+bench: $(VENV)/.vllm
 	$(BIN)/python benchmarks/run.py $(NAME)
 
 setup: $(VENV)/.dev

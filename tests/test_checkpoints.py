@@ -100,6 +100,13 @@ def test_code_comes_along_only_where_it_is_named(tmp_path: Path) -> None:
     assert not has_code(make("native", False))
 
 
+def test_a_broken_checkpoint_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match=r"config\.json is not JSON .*copy it again"):
+        checkpoint(Checkpoint("", False, tmp_path), {}, tmp_path / "out", Progress("checkpoint"))
+
+
 def test_only_chatglm3_names_remote_code() -> None:
     names = sorted(path.stem for path in (Path(__file__).parents[1] / "conf/model").glob("*.yaml"))
     trusted = [n for n in names if n != "local" and compose(f"model={n}").model.trust_remote_code]

@@ -186,6 +186,7 @@ def _run(run: Any, out: Path, job: str = "") -> None:
 
     from selfcritique.artifacts import Store, code_version, full_disk_is_user_error
     from selfcritique.pipeline import build, execute, plan
+    from selfcritique.sweep import SHARED
 
     console = Console(width=max(100, Console().width))
     graph, store = build(run), Store(Path(run.store))
@@ -198,7 +199,7 @@ def _run(run: Any, out: Path, job: str = "") -> None:
         if shape is not None:
             console.print(cost.describe(cost.estimate(graph, shape, run.until)))
         return
-    if job == "shared":
+    if job == SHARED:
         with full_disk_is_user_error(out):
             execute(graph, store, run.until)
         return

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, TypeVar
 
 import polars as pl
 
@@ -18,6 +19,7 @@ from selfcritique.errors import UserError
 from selfcritique.evaluate import adjust, compare_models, compare_seeds, measure, problem_values
 from selfcritique.stats import seeds_interval
 
+Key = TypeVar("Key")
 AGAINST = ("base", "sft", "rft")  # models of the first experiment that the others are compared with
 
 
@@ -174,15 +176,28 @@ def settings(
     rows = [{"setting": dict(s), "model": m.name, **_over_seeds(m, metric)} for s, m in found.items()]
     if not rows:
         return rows
-    models = list(found.values())
-    best = models[max(range(len(rows)), key=lambda i: rows[i]["value"])]
-    others = {i: m for i, m in enumerate(models) if m is not best and m.rows.keys() <= best.rows.keys()}
-    against = [
-        compare_seeds(list(m.rows.values()), [best.rows[seed] for seed in m.rows], metric, "setting", "best")
-        for m in others.values()
-    ]
-    compared = dict(zip(others, adjust(against), strict=True))
-    return [{**row, "best": compared.get(i)} for i, row in enumerate(rows)]
+    _, against = against_best({i: model.rows for i, model in enumerate(found.values())}, metric)
+    return [{**row, "best": against.get(i)} for i, row in enumerate(rows)]
+
+
+def against_best(
+    cells: Mapping[Key, Mapping[int, pl.DataFrame]], metric: str = "accuracy"
+) -> tuple[Key, dict[Key, dict[str, Any]]]:
+    """The cell with the highest mean over its seeds, and each other's difference to it over the seeds that
+    both have: paired, one Holm-adjusted family.
+
+    cells: setting -> seed -> answers.
+    """
+    means = {cell: fmean(measure(rows, metric)["value"] for rows in seeds.values())
+             for cell, seeds in cells.items()}  # fmt: skip
+    best = max(means, key=means.__getitem__)
+    found = {}
+    for cell, seeds in cells.items():
+        shared = sorted(seeds.keys() & cells[best].keys())
+        if cell != best and shared:
+            here, there = ([cells[c][seed] for seed in shared] for c in (cell, best))
+            found[cell] = compare_seeds(here, there, metric, "setting", "best")
+    return best, dict(zip(found, adjust(list(found.values())), strict=True))
 
 
 def _over_seeds(model: Model, metric: str) -> dict[str, Any]:

@@ -101,6 +101,27 @@ class Graph:
             self.guards[name] = self.gates[-1]
         return self.nodes[name]
 
+    def sample(
+        self, name: str, model: Node, split: Split, sampling: SamplingConfig, limit: int | None = None
+    ) -> Node:
+        """Answers of a model to the questions of a split."""
+        config = stages.Sample(split, limit, sampling, self.run.engine, self.run.model.prompts, 0)
+        return self.add(name, SAMPLE, config, problems=self.nodes["problems"], model=model)
+
+    def score(self, name: str, responses: Node) -> Node:
+        """The critic's word on them."""
+        config = stages.Score(self.run.critic.ask, self.run.engine, self.run.model.prompts, 0)
+        inputs = {"problems": self.nodes["problems"], "responses": responses, "critic": self.nodes["critic"]}
+        return self.add(name, SCORE, config, **inputs)
+
+    def gate(self, name: str, policy: Node) -> None:
+        """Guards what is selected from now on: the critic on a policy's answers to unseen questions."""
+        responses = self.sample(f"{name}_responses", policy, Split.critic_dev, self.run.critic.dev_sampling)
+        scored = self.score(f"{name}_scores", responses)
+        self.gates.append(name)
+        problems = self.nodes["problems"]
+        self.add(name, CARD, stages.Card(), problems=problems, responses=responses, scored=scored)
+
     def needed(self, until: str) -> list[Node]:
         """The nodes that `until` (a stage, or several with commas) needs, with the gates on the way; all of
         them for ''."""
@@ -130,22 +151,6 @@ def build(run: RunConfig) -> Graph:
     g = Graph(run)
     style = run.model.prompts
 
-    def sample(
-        name: str, model: Node, split: Split, sampling: SamplingConfig, limit: int | None = None
-    ) -> Node:
-        config = stages.Sample(split, limit, sampling, run.engine, style, 0)
-        return g.add(name, SAMPLE, config, problems=problems, model=model)
-
-    def score(name: str, responses: Node) -> Node:
-        config = stages.Score(run.critic.ask, run.engine, style, 0)
-        return g.add(name, SCORE, config, problems=problems, responses=responses, critic=critic)
-
-    def gate(name: str, policy: Node) -> Node:
-        responses = sample(f"{name}_responses", policy, Split.critic_dev, run.critic.dev_sampling)
-        scored = score(f"{name}_scores", responses)
-        g.gates.append(name)
-        return g.add(name, CARD, stages.Card(), problems=problems, responses=responses, scored=scored)
-
     for source in run.data.mix:
         files(source)  # a missing one is told of before anything runs
     problems = g.add("problems", PROBLEMS, stages.Problems(run.data))
@@ -154,26 +159,15 @@ def build(run: RunConfig) -> Graph:
         solutions = g.add("solutions", SOLUTIONS, stages.ReferenceSolutions(style), problems=problems)
     base = _base(g, problems, solutions)
 
-    pool = sample("critic_pool", base, Split.critic_train, run.critic.data.sampling)
-    if run.annotator.kind is Annotator.file and not Path(run.annotator.path).is_file():
-        raise UserError(f"annotator.path: there is no file {run.annotator.path}; give another one.")
-    taught = stages.CriticData(run.critic.data, run.annotator, run.critic.ask.reference, style, 0)
-    examples = g.add("critic_data", CRITIC_DATA, taught, problems=problems, responses=pool)
-    start = base
-    if run.critic.model:
-        other = checkpoint_of(run.critic.model, run.model.trust_remote_code, not run.plan)
-        start = g.add("critic_start", CHECKPOINT, other)
-    critic = g.add(
-        "critic", SFT, stages.Sft(run.critic.train, run.trainer, 0), model=start, examples=examples
-    )
-    gate("gate", base)
+    _critic(g, base)
+    g.gate("gate", base)
 
     g.models["base"] = policy = base
     accepted: dict[str, Node] = {}
     for number in range(1, run.rounds.n + 1):
         mark = "" if number == 1 else f"_{number}"
-        responses = sample(f"pool_rft{mark}", policy, Split.pool_rft, run.rft.sampling)
-        scored = score(f"scores_rft{mark}", responses)
+        responses = g.sample(f"pool_rft{mark}", policy, Split.pool_rft, run.rft.sampling)
+        scored = g.score(f"scores_rft{mark}", responses)
         selected = g.add(
             f"select{mark}", SELECT, stages.Select(run.rft.select, 0), problems=problems, scored=scored
         )
@@ -188,11 +182,11 @@ def build(run: RunConfig) -> Graph:
             same = stages.MatchedData(0)
             like = g.add("sft_data", MATCHED_DATA, same, original=solutions, like=examples, model=base)
             g.models["sft"] = g.add("sft", SFT, training, model=base, examples=like)
-        gate(f"regate{mark}", rft)
+        g.gate(f"regate{mark}", rft)
 
         split = Split.pool_dpo if run.pairs.pool is Pool.fresh else Split.pool_rft
-        responses = sample(f"pool_dpo{mark}", rft, split, run.pairs.sampling)
-        scored = score(f"scores_dpo{mark}", responses)
+        responses = g.sample(f"pool_dpo{mark}", rft, split, run.pairs.sampling)
+        scored = g.score(f"scores_dpo{mark}", responses)
         paired = g.add(
             f"pairs{mark}", PAIRS, stages.Pairs(run.pairs.build, 0), problems=problems, scored=scored
         )
@@ -204,7 +198,7 @@ def build(run: RunConfig) -> Graph:
         g.models |= {f"rft{mark}": rft, f"dpo{mark}": policy}
 
     for name, model in g.models.items():
-        _evaluation(g, name, model, problems, sample, score)
+        _evaluation(g, name, model)
     return g
 
 
@@ -223,22 +217,37 @@ def _base(g: Graph, problems: Node, solutions: Node | None) -> Node:
     return g.add("base", TINY_BASE, config, examples=solutions)
 
 
+def _critic(g: Graph, base: Node) -> None:
+    """Math-Critique, from the base or a checkpoint of its own, taught on marked answers of the base."""
+    run, problems = g.run, g.nodes["problems"]
+    pool = g.sample("critic_pool", base, Split.critic_train, run.critic.data.sampling)
+    if run.annotator.kind is Annotator.file and not Path(run.annotator.path).is_file():
+        raise UserError(f"annotator.path: there is no file {run.annotator.path}; give another one.")
+    reference = run.critic.ask.reference
+    taught = stages.CriticData(run.critic.data, run.annotator, reference, run.model.prompts, 0)
+    examples = g.add("critic_data", CRITIC_DATA, taught, problems=problems, responses=pool)
+    start = base
+    if run.critic.model:
+        other = checkpoint_of(run.critic.model, run.model.trust_remote_code, not run.plan)
+        start = g.add("critic_start", CHECKPOINT, other)
+    training = stages.Sft(run.critic.train, run.trainer, 0)
+    g.add("critic", SFT, training, model=start, examples=examples)
+
+
 def checkpoint_of(name: str, remote_code: bool = False, download: bool = True) -> stages.Checkpoint:
     """A checkpoint as the config of its stage."""
     path, digest = find_checkpoint(name, download)
     return stages.Checkpoint(digest, remote_code, path)
 
 
-def _evaluation(
-    g: Graph, name: str, model: Node, problems: Node, sample: Callable[..., Node], score: Callable[..., Node]
-) -> None:
+def _evaluation(g: Graph, name: str, model: Node) -> None:
     """Greedy answers to the whole split; samples, scored by the critic, for its first questions."""
     e = g.run.eval
     greedy = replace(e.sampling, n=1, temperature=0.0, top_p=1.0, top_k=0)
-    inputs = {"problems": problems, "greedy": sample(f"test_{name}", model, e.split, greedy)}
+    inputs = {"problems": g.nodes["problems"], "greedy": g.sample(f"test_{name}", model, e.split, greedy)}
     if e.sampled_questions:
-        sampled = sample(f"test_{name}_sampled", model, e.split, e.sampling, e.sampled_questions)
-        inputs["sampled"] = score(f"test_{name}_scores", sampled)
+        sampled = g.sample(f"test_{name}_sampled", model, e.split, e.sampling, e.sampled_questions)
+        inputs["sampled"] = g.score(f"test_{name}_scores", sampled)
     g.add(f"eval_{name}", EVALUATE, stages.Evaluate(g.run.rft.select.threshold), **inputs)
 
 

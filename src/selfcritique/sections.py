@@ -13,7 +13,8 @@ from typing import Any
 
 import polars as pl
 
-from selfcritique.evaluate import adjust, compare_seeds, measure, threshold_curve
+from selfcritique.compare import against_best
+from selfcritique.evaluate import measure, threshold_curve
 from selfcritique.figures import Figure, Mark, bars, crosses, curves, dots, graph, heat_map
 from selfcritique.page import Cell, Part, Section, Table, packed_samples, page, write_files
 from selfcritique.progress import duration
@@ -356,16 +357,9 @@ def lambda_beta(runs: Sequence[Run]) -> Section | None:
             cells.setdefault(tuple(settings.get(n) for n in names), {})[run.summary["seed"]] = answers
     if len(cells) < 2:
         return None
+    best, against = against_best(cells)
     values = {cell: 100 * fmean(measure(rows, "accuracy")["value"] for rows in seeds.values())
               for cell, seeds in cells.items()}  # fmt: skip
-    best = max(values, key=values.__getitem__)
-    found = {}
-    for cell, seeds in cells.items():
-        shared = sorted(seeds.keys() & cells[best].keys())
-        if cell != best and shared:
-            here, there = ([cells[c][seed] for seed in shared] for c in (cell, best))
-            found[cell] = compare_seeds(here, there, "accuracy")
-    against = dict(zip(found, adjust(list(found.values())), strict=True))
     marked = {best} | {cell for cell, row in against.items() if row["p_adjusted"] >= 0.05}
     rows: list[list[Cell]] = []
     for cell, value in values.items():

@@ -345,7 +345,11 @@ def checkpoint(config: Checkpoint, inputs: Inputs, out: Path, progress: Progress
     for file in sorted(config.path.iterdir()):
         if file.is_file() and (config.remote_code or file.suffix != ".py"):
             (out / file.name).symlink_to(file.resolve())
-    about = json.loads((out / "config.json").read_text()) if (out / "config.json").exists() else {}
+    settings = out / "config.json"
+    try:
+        about = json.loads(settings.read_text()) if settings.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{config.path / settings.name} is not JSON ({error}); copy it again.") from None
     if "AutoModelForCausalLM" in about.get("auto_map", {}) and not config.remote_code:
         from transformers import CONFIG_MAPPING
 

@@ -164,12 +164,8 @@ def evaluate(config: SuiteConfig) -> tuple[Result, pl.DataFrame]:
     suite = Suite(config)
     folders = dict(zip(labels(config.model), map(checkpoint_folder, config.model), strict=True))
     models = {name: suite.make(name, CHECKPOINT, checkpoint_of(path)) for name, path in folders.items()}
-    base, results, comparisons, tables = (
-        next(iter(models)),
-        list[Result](),
-        list[Result](),
-        list[pl.DataFrame](),
-    )
+    base, tables = next(iter(models)), list[pl.DataFrame]()
+    results, comparisons = list[Result](), list[Result]()
     for name in config.sets:
         problems, of_base = suite.load(name), dict[str, Measured]()
         for label, model in models.items():

@@ -8,7 +8,6 @@ each batch as it finishes. The caller journals a batch whole; a resumed run pass
 import hashlib
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Protocol, Self
 
 from selfcritique.errors import UserError
@@ -104,9 +103,20 @@ class Engine(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
+
+
+class Closes:
+    """Leaving its block closes an engine."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

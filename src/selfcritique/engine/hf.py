@@ -9,8 +9,7 @@ from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from math import exp
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from selfcritique.checkpoints import has_code
 from selfcritique.engine.base import (
     BatchResult,
+    Closes,
     Completion,
     ContinuationScores,
     PlannedBatch,
@@ -37,7 +37,7 @@ LOGITS_PER_BATCH = 2**26  # floats; 256 MB bound the rows where the vocabulary i
 COMPACT_BELOW = 0.8  # share of unfinished rows at which finished ones are dropped
 
 
-class HfEngine:
+class HfEngine(Closes):
     """A checkpoint directory (or hub name) with its tokenizer, ready to sample.
 
     `max_batch_tokens` bounds rows x (prompt + new tokens) and so the memory of keys and values.
@@ -65,14 +65,6 @@ class HfEngine:
         self.max_batch_tokens = max_batch_tokens
         self.max_rows = max(1, LOGITS_PER_BATCH // self.model.config.get_text_config().vocab_size)
         self.eos_ids = torch.tensor(end_ids(self.model.generation_config, self.encoder), device=device)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         self.model = None

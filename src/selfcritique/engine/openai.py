@@ -16,12 +16,12 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass
 from math import exp
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 from selfcritique.config import ServerConfig
 from selfcritique.engine.base import (
     BatchResult,
+    Closes,
     Completion,
     ContinuationScores,
     SamplingParams,
@@ -51,7 +51,7 @@ class _Request:
     key: str  # of the reply among those kept
 
 
-class OpenAIEngine:
+class OpenAIEngine(Closes):
     """The model that `server` names, asked in chats; else the one that it serves under the name of the
     `checkpoint` folder, asked in tokens as training spells them (vLLM, SGLang)."""
 
@@ -68,14 +68,6 @@ class OpenAIEngine:
         self.kept = _Replies(server.cache)
         self.reached = False
         self.counts = {"requests": 0, "cached": 0, "prompt_tokens": 0, "completion_tokens": 0}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         self.kept.close()

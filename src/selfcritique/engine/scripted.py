@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Container, Iterator, Sequence
 from math import exp
-from types import TracebackType
-from typing import Self
 
 from selfcritique.engine.base import (
     BatchResult,
+    Closes,
     Completion,
     ContinuationScores,
     PlannedBatch,
@@ -21,7 +20,7 @@ class EngineDied(RuntimeError):
     """The death that the test asked for."""
 
 
-class ScriptedEngine:
+class ScriptedEngine(Closes):
     """Answers `answer(prompt, sample)`, one token a word; scores candidates with `logp(prompt, text)`.
 
     `batch_size` counts prompts. With `die_at` = k the engine raises `EngineDied` instead of yielding its
@@ -40,14 +39,6 @@ class ScriptedEngine:
         self.batch_size = batch_size
         self.die_at = die_at
         self.n_yielded = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Nothing to free."""

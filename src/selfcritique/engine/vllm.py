@@ -18,8 +18,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from signal import SIGKILL
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
@@ -27,6 +26,7 @@ from selfcritique.checkpoints import has_code
 from selfcritique.config import EngineConfig
 from selfcritique.engine.base import (
     BatchResult,
+    Closes,
     Completion,
     ContinuationScores,
     PlannedBatch,
@@ -51,7 +51,7 @@ ENVIRONMENT = {
 }
 
 
-class VllmEngine:
+class VllmEngine(Closes):
     """A checkpoint directory with its tokenizer; what vLLM prints is appended to `log_file`."""
 
     def __init__(self, model_dir: Path, config: EngineConfig, log_file: Path) -> None:
@@ -89,14 +89,6 @@ class VllmEngine:
         self._loaded = False
         self._job = 0
         self._deaths = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Kill the process with its group."""
