@@ -79,7 +79,8 @@ class Finished:
     def message(self) -> str:
         """The one error it ended with, which came without a traceback."""
         assert self.code == 1, self.stderr
-        assert "Traceback" not in self.stderr + self.stdout
+        for noise in ("Traceback", "Error executing job"):  # Python's, Hydra's
+            assert noise not in self.stderr + self.stdout
         _, *messages = self.stderr.split("ERROR: ")
         assert len(messages) == 1, self.stderr
         return messages[0].strip()

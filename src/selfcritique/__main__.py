@@ -127,15 +127,20 @@ def _point(composed: Any) -> None:
     from selfcritique.config import to_run_config
 
     hydra_config = HydraConfig.get()
-    run, out = to_run_config(composed), Path(hydra_config.runtime.output_dir)
+    out = Path(hydra_config.runtime.output_dir)
     if OmegaConf.is_missing(hydra_config.job, "num"):
-        _set_threads(run.threads)
-        _run(run, out)
+        try:
+            run = to_run_config(composed)
+            _set_threads(run.threads)
+            _run(run, out)
+        except UserError as error:  # raised, it would get lines of Hydra's before it
+            _failed.append(_say(error))
         return
     from selfcritique.sweep import SHARED
 
     job = SHARED if hydra_config.job.name == SHARED else out.name
     try:
+        run = to_run_config(composed)
         if "RayLauncher" in hydra_config.launcher._target_:  # has made a process for it
             _set_threads(run.threads)
             _run(run, out, job)
