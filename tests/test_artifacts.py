@@ -580,6 +580,19 @@ def test_ls_gc_pin(tmp_path: Path) -> None:
     assert store.ls() == []
 
 
+def test_gc_deletes_what_it_counts(tmp_path: Path) -> None:
+    """Finished work that was killed before it got its name, and what a kill left of something deleted."""
+    store = Store(tmp_path)
+    made = store.build("s", 1, "k", {}, {}, hundred_bytes)
+    made.path.rename(made.path.with_name("k.partial"))
+    (tmp_path / "s" / "l.trash").mkdir()
+    hundred_bytes(tmp_path / "s" / "l.trash")
+    size = sum(path.stat().st_size for path in tmp_path.glob("s/*/*"))
+    assert store.gc(dry_run=True) == size
+    assert store.gc() == size
+    assert list((tmp_path / "s").iterdir()) == []
+
+
 @pytest.mark.parametrize("lock", ["flock", "lease"])
 def test_gc_leaves_what_is_being_built(tmp_path: Path, lock: str) -> None:
     def fn(out: Path) -> dict[str, Any]:

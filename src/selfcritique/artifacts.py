@@ -162,16 +162,17 @@ class Journal:
     def load(self) -> dict[str, list[Any]]:
         """Rows by batch id, in the order recorded."""
         batches: dict[str, list[Any]] = {}
-        lines = self.path.read_bytes().splitlines() if self.path.exists() else []
-        for number, line in enumerate(lines, 1):
-            try:
-                record = json.loads(line)
-                # twice only if a stalled owner woke after its lease was taken over: the first counts
-                batches.setdefault(record["batch"], record["rows"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{self.path}, line {number} is damaged; delete the line, and its batch is redone"
-                ) from error
+        if not self.path.exists():
+            return batches
+        with self.path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    record = json.loads(line)
+                    # twice only if a stalled owner woke after its lease was taken over: the first counts
+                    batches.setdefault(record["batch"], record["rows"])
+                except (ValueError, KeyError, TypeError) as error:
+                    damaged = f"{self.path}, line {number} is damaged"
+                    raise UserError(f"{damaged}; delete the line, and its batch is redone") from error
         return batches
 
 
