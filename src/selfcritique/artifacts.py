@@ -245,7 +245,7 @@ class _Lease:
         seen: tuple[int, bytes] | None = None
         since = time.monotonic()
         while True:
-            newest = self._newest()
+            newest = next(n for n in count() if not self._file(n + 1).exists())
             state = (newest, self._file(newest).read_bytes() if newest else self.RELEASED)
             free = state[1] == self.RELEASED
             if state != seen and not free:
@@ -255,23 +255,11 @@ class _Lease:
                     return None
                 seen, since = state, time.monotonic()
             if free or time.monotonic() - since > self._stale_s:
-                if self._create(newest + 1):
+                with suppress(FileExistsError):
+                    self._file(newest + 1).touch(exist_ok=False)
                     return newest + 1
             else:
                 time.sleep(self._stale_s / 12)
-
-    def _newest(self) -> int:
-        generation = 0
-        while self._file(generation + 1).exists():
-            generation += 1
-        return generation
-
-    def _create(self, generation: int) -> bool:
-        try:
-            self._file(generation).touch(exist_ok=False)
-        except FileExistsError:
-            return False
-        return True
 
     def _write(self, generation: int, state: bytes) -> None:
         """8 bytes in place: readers see the old or the new."""
