@@ -366,7 +366,7 @@ def test_no_worker_outlives_its_caller() -> None:
     script = (
         "from selfcritique.answers import compare_many; from selfcritique import answer_worker\n"
         f"compare_many([{SYMBOLIC[0]!r}], [{SYMBOLIC[1]!r}])\n"
-        "print(answer_worker.idle_pids()[0], flush=True)\n"
+        "print(answer_worker._idle[0].process.pid, flush=True)\n"
         "compare_many(['5'], ['9^{9^{9^{9}}}'], limit_s=2)\n"
     )
     with subprocess.Popen(

@@ -14,6 +14,7 @@ import polars as pl
 import pytest
 
 from runs import Finished, completed, read_json, run
+from scripted import ScriptedEngine
 from selfcritique import stages
 from selfcritique.annotate import annotate, corrupt, guess, judge
 from selfcritique.artifacts import Artifact
@@ -21,7 +22,6 @@ from selfcritique.config import AskConfig, CriticMode, EngineConfig, PromptStyle
 from selfcritique.critic_sets import Labelled, read
 from selfcritique.critique import step_of
 from selfcritique.data.word_problems import generate
-from selfcritique.engine.scripted import ScriptedEngine
 from selfcritique.errors import UserError
 from selfcritique.probes import BOUND, build_probes, success_rates
 from selfcritique.progress import Progress

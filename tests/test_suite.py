@@ -11,10 +11,10 @@ import polars as pl
 import pytest
 import torch
 
+from scripted import EngineDied, ScriptedEngine
 from selfcritique import set_stages, stages
 from selfcritique.__main__ import main
 from selfcritique.config import EvalSet, JudgeConfig, PromptStyle, ServerConfig, SuiteConfig, TinyConfig
-from selfcritique.engine.scripted import EngineDied, ScriptedEngine
 from selfcritique.errors import UserError
 from selfcritique.records import Message, Prompt
 from selfcritique.retention import text_windows, window_losses

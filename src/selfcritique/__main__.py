@@ -55,6 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         _failed.append("interrupted; the same command goes on from here")
         print(_failed[-1], file=sys.stderr)
+    except Exception as error:
+        message = _settings_error(error)
+        if message is None:
+            raise
+        command = f"{words[0]}: " if words[0] in _COMMANDS else ""
+        _failed.append(_say(command + message))
     sys.exit(1 if _failed else 0)
 
 
@@ -65,43 +71,38 @@ def _say(error: object) -> str:
 
 
 def _help() -> str:
-    names = {
-        folder.name: sorted(f.stem for f in folder.glob("*.yaml"))
-        for folder in sorted(CONF.iterdir())
-        if folder.is_dir()
-    }
-    experiments = ", ".join(names.pop("experiment", []))
-    groups = ", ".join(f"{group}={'|'.join(options)}" for group, options in names.items() if options)
+    names: dict[str, list[str]] = {}
+    for file in sorted(CONF.glob("*/*.yaml")):
+        names.setdefault(file.parent.name, []).append(file.stem)
+    experiments = ", ".join(names.pop("experiment"))
+    groups = ", ".join(f"{group}={'|'.join(options)}" for group, options in names.items())
     return HELP.format(groups=groups, experiments=experiments)
-
-
-# ---- a run ---------------------------------------------------------------------------------------------
 
 
 def _hydra(words: list[str]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises; what is printed is decided here
     import hydra
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
     from selfcritique.config import register
 
     register()
-    try:
-        with TemporaryDirectory() as nowhere:
-            if "plan=true" in words:  # Hydra makes the output folders before it calls anyone
-                words = [*words, f"hydra.run.dir={nowhere}", f"hydra.sweep.dir={nowhere}"]
-            sys.argv = ["selfcritique", *words]
-            hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(_point)()
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_explain(error)) from None
-    except YAMLError as error:  # names the file and the line
-        raise UserError(f"A settings file is no valid YAML: {error}") from None
+    with TemporaryDirectory() as nowhere:
+        if "plan=true" in words:  # Hydra makes the output folders before it calls anyone
+            words = [*words, f"hydra.run.dir={nowhere}", f"hydra.sweep.dir={nowhere}"]
+        sys.argv = ["selfcritique", *words]
+        hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(_point)()
 
 
-def _explain(error: BaseException) -> str:
-    """A composition error with its cause and the names that would have been right."""
+def _settings_error(error: Exception) -> str | None:
+    """A composition error with its cause and the names that would have been right; None for another error."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    if isinstance(error, YAMLError):  # names the file and the line
+        return f"A settings file is no valid YAML: {error}"
+    if not isinstance(error, HydraException | OmegaConfBaseException):
+        return None
     lines = str(error).splitlines()
     cause: BaseException | None = error
     while cause is not None and getattr(cause, "full_key", None) is None:
@@ -229,9 +230,6 @@ def _run(run: Any, out: Path, job: str = "") -> None:
     report.show(summary, out, console)
 
 
-# ---- finished runs --------------------------------------------------------------------------------------
-
-
 def _given(
     command: str, words: list[str], required: Sequence[str], optional: Sequence[str]
 ) -> dict[str, str]:
@@ -275,9 +273,8 @@ def _annotate(words: list[str]) -> None:
     if action == "export":
         numbers = (given.get("n", "100"), given.get("seed", "0"))
         if not all(number.isdecimal() for number in numbers):
-            raise UserError(
-                f"annotate export: n and seed are whole numbers; found n={numbers[0]}, seed={numbers[1]}."
-            )
+            found = "n={}, seed={}".format(*numbers)
+            raise UserError(f"annotate export: n and seed are whole numbers; found {found}.")
         drawn = sheets.draw(scored, *map(int, numbers))
         sheets.write_sheet(drawn, Path(given["out"]))
         print(f"{drawn.height} responses to mark from 1 to 10: {given['out']}")
@@ -295,43 +292,25 @@ def _tune(words: list[str]) -> None:
         from selfcritique.tune import tune
     except ModuleNotFoundError as error:
         raise UserError(f"tune wants Optuna ({error}): pip install -r requirements-dev.txt.") from None
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        tune(words, CONF, _run_apart)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(f"tune: {_explain(error)}") from None
+    tune(words, CONF, _run_apart)
 
 
 def _critic_card(words: list[str]) -> None:
-    from omegaconf.errors import OmegaConfBaseException
-
     from selfcritique.card import main as card
 
-    try:
-        card(words)
-    except OmegaConfBaseException as error:
-        raise UserError(f"critic-card: {_explain(error)}") from None
-
-
-# ---- checkpoints on evaluation sets ---------------------------------------------------------------------
+    card(words)
 
 
 def _evaluate(words: list[str]) -> None:
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     from selfcritique.config import SuiteConfig
 
-    try:
-        given = OmegaConf.from_dotlist(words)
-        for name in ("model", "sets"):  # one needs no brackets
-            if isinstance(given.get(name), str):
-                given[name] = [given[name]]
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SuiteConfig), given))
-    except OmegaConfBaseException as error:
-        raise UserError(f"evaluate: {_explain(error)}") from None
+    given = OmegaConf.from_dotlist(words)
+    for name in ("model", "sets"):  # one needs no brackets
+        if isinstance(given.get(name), str):
+            given[name] = [given[name]]
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SuiteConfig), given))
     assert isinstance(config, SuiteConfig)
     from selfcritique import suite
     from selfcritique.artifacts import full_disk_is_user_error
@@ -364,9 +343,6 @@ def _why(words: list[str]) -> None:
     print("\n".join(explain(load_run(given.get("run", ""), given.get("store", "")), ids[0])))
 
 
-# ---- the store -----------------------------------------------------------------------------------------
-
-
 def _store(words: list[str]) -> None:
     import argparse
 
@@ -377,7 +353,7 @@ def _store(words: list[str]) -> None:
     parser.add_argument("key", nargs="*", help="keys to pin or unpin; for gc, keys to keep")
     parser.add_argument("--store", default="store", help="folder of the store (default: store)")
     parser.add_argument(
-        "--all", action="store_true", help="gc: delete; without it gc only says what it would free"
+        "--all", action="store_true", help="gc: delete; without it gc says what it would free"
     )
     options = parser.parse_args(words)
     root = Path(options.store)
@@ -406,9 +382,8 @@ def _list(store: Any) -> None:
         table.add_column(column, no_wrap=True)
     for row in rows:
         state = " ".join(word for word in ("pinned", "partial") if row[word])
-        table.add_row(
-            row["stage"], row["key"], f"{row['bytes'] / 2**20:.2f}", str(row["created"] or ""), state
-        )
+        size = f"{row['bytes'] / 2**20:.2f}"
+        table.add_row(row["stage"], row["key"], size, row["created"] or "", state)
     Console().print(table)
     print(f"{len(rows)} artifacts, {sum(row['bytes'] for row in rows) / 2**20:.1f} MiB")
 

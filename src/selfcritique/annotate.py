@@ -30,12 +30,6 @@ VOCABULARY = (
 
 # Bounded, so that runs of digits or sums without end cost a model's text nothing more than their length.
 _NUMBER = r"(?<!\d)\d[\d,]{0,1000}(?:\.\d{1,1000})?(?!\d)"
-_OPS: Mapping[str, Callable[[Fraction, Fraction], Fraction]] = {
-    "+": lambda a, b: a + b,
-    "-": lambda a, b: a - b,
-    "*": lambda a, b: a * b,
-    "/": lambda a, b: a / b,
-}
 _EQUATION = re.compile(rf"(?<!\d,)({_NUMBER}(?:\s*[-+*/x×÷]\s*{_NUMBER}){{1,40}})\s*=\s*\$?({_NUMBER})")
 _WORDS = {
     "half": 2, "twice": 2, "double": 2, "pair": 2, "triple": 3, "dozen": 12, "week": 7,
@@ -54,16 +48,17 @@ class Equation:
 
     def compute(self) -> Fraction | None:
         """Exact value of the left side by the usual precedence; None on division by zero."""
-        terms, signs = [self.operands[0]], ["+"]
+        terms = [self.operands[0]]
         for op, n in zip(self.operators, self.operands[1:], strict=True):
-            if op in "*/":
-                if op == "/" and n == 0:
+            if op == "*":
+                terms[-1] *= n
+            elif op == "/":
+                if n == 0:
                     return None
-                terms[-1] = _OPS[op](terms[-1], n)
+                terms[-1] /= n
             else:
-                terms.append(n)
-                signs.append(op)
-        return sum((t if s == "+" else -t for s, t in zip(signs, terms, strict=True)), Fraction(0))
+                terms.append(n if op == "+" else -n)
+        return sum(terms, Fraction(0))
 
     def unordered(self) -> tuple[object, ...]:
         """The same for a + b and b + a."""
@@ -128,12 +123,10 @@ def check_steps(problem: Problem, response: str, correct: bool) -> list[str | No
         stranger = next((n for n in step.operands if n not in known), None)
         if stranger is not None:
             flaws.append(f"{stranger} is not given")
-        elif value != step.value:
-            flaws.append(
-                str(Equation(step.operands, step.operators, value)) if value is not None else "no value"
-            )
+        elif value is None:
+            flaws.append("no value")
         else:
-            flaws.append(None)
+            flaws.append(None if value == step.value else str(replace(step, value=value)))
         known.add(step.value)
     if not correct and not any(flaws):
         taken = {step.unordered() for step in equations(problem.reference)}
@@ -145,17 +138,14 @@ def check_steps(problem: Problem, response: str, correct: bool) -> list[str | No
 
 def score_of(flaws: list[str | None], correct: bool) -> int:
     """Score from the findings, within the bands of the module's docstring."""
-    n_flawed = sum(flaw is not None for flaw in flaws)
-    if correct:
-        if not flaws:
-            return 8  # right, but nothing to follow
-        return 10 if n_flawed == 0 else 7 if n_flawed == 1 else 6
+    wrong = [i for i, flaw in enumerate(flaws) if flaw is not None]
     if not flaws:
-        return 1
-    first = next((i for i, flaw in enumerate(flaws) if flaw is not None), len(flaws))
-    if first == 0:
-        return 2
-    return 3 if 2 * first < len(flaws) else 4 if first < len(flaws) else 5
+        return 8 if correct else 1  # nothing to follow
+    if correct:
+        return {0: 10, 1: 7}.get(len(wrong), 6)
+    if not wrong:
+        return 5
+    return 2 if wrong[0] == 0 else 3 if 2 * wrong[0] < len(flaws) else 4
 
 
 def annotate(problem: Problem, response: str) -> Annotation:
@@ -166,12 +156,15 @@ def annotate(problem: Problem, response: str) -> Annotation:
     # The comparison comes first: whoever knows the result is wrong looks for the step that made it so. It
     # stands once more before the score, so that the score follows from what is next to it.
     result = "same" if correct else "different"
-    lines = [f"Answer {final or 'none'}, reference {problem.answer}: {result}"]
-    lines += [f"{i} ok" if flaw is None else f"{i} wrong: {flaw}" for i, flaw in enumerate(flaws, 1)]
-    lines.append(f"Result {result}")
+    compared = f"Answer {final or 'none'}, reference {problem.answer}: {result}"
     score = score_of(flaws, correct)
+    analysis = "\n".join([compared, *_step_lines(flaws), f"Result {result}", f"Score: {score}"])
     first = next((i for i, flaw in enumerate(flaws, 1) if flaw is not None), None)
-    return Annotation(score, "\n".join([*lines, f"Score: {score}"]), first, len(flaws), correct)
+    return Annotation(score, analysis, first, len(flaws), correct)
+
+
+def _step_lines(flaws: Sequence[str | None]) -> list[str]:
+    return [f"{i} ok" if flaw is None else f"{i} wrong: {flaw}" for i, flaw in enumerate(flaws, 1)]
 
 
 def judge(problem: Problem, response: str, reference: Reference) -> tuple[int, str]:
@@ -184,8 +177,7 @@ def judge(problem: Problem, response: str, reference: Reference) -> tuple[int, s
         found = annotate(shown, response)
         return found.score, found.analysis
     flaws = check_steps(problem, response, correct=True)
-    lines = [f"{i} ok" if flaw is None else f"{i} wrong: {flaw}" for i, flaw in enumerate(flaws, 1)]
-    return score_of(flaws, correct=bool(flaws) and not any(flaws)), "\n".join(lines)
+    return score_of(flaws, correct=bool(flaws) and not any(flaws)), "\n".join(_step_lines(flaws))
 
 
 def guess(response: str, rng: Random) -> tuple[int, str]:
@@ -229,7 +221,7 @@ def _from_file(path: Path) -> Marker:
         score, analysis = scores[response_id]
         found = annotate(problem, response)
         body = analysis or found.analysis.rpartition("\n")[0]
-        return Annotation(score, f"{body}\nScore: {score}", found.first_error, found.n_steps, found.correct)
+        return replace(found, score=score, analysis=f"{body}\nScore: {score}")
 
     return mark
 
@@ -239,12 +231,8 @@ def from_teacher(problem: Problem, response: str, critique: str, truncated: bool
     score, parse = parse_score(critique, truncated)
     if score is None or not score.is_integer():
         return None
-    found = annotate(problem, response)
     body = critique.rstrip() if parse is Parse.ok else f"{critique.rstrip()}\nScore: {int(score)}"
-    return Annotation(int(score), body, found.first_error, found.n_steps, found.correct)
-
-
-# ---- known corruptions ---------------------------------------------------------------------------------
+    return replace(annotate(problem, response), score=int(score), analysis=body)
 
 
 @dataclass(frozen=True)
@@ -283,13 +271,12 @@ def corrupt(problem: Problem, kind: str, rng: Random) -> Corruption | None:
     text, end = reference[: matches[k].start()] + str(step), matches[k].end()
     for match, later in zip(matches[k + 1 :], steps[k + 1 :], strict=True):
         text += _renumber(reference[end : match.start()], changed)
-        moved = Equation(tuple(changed.get(n, n) for n in later.operands), later.operators, later.value)
-        value = moved.compute()
-        if value is None or value < 0 or value.denominator != 1:
+        moved = _computed(tuple(changed.get(n, n) for n in later.operands), later.operators)
+        if moved is None:
             return None
-        if value != later.value:
-            changed[later.value] = value
-        text, end = text + str(Equation(moved.operands, moved.operators, value)), match.end()
+        if moved.value != later.value:
+            changed[later.value] = moved.value
+        text, end = text + str(moved), match.end()
     return Corruption(text + _renumber(reference[end:], changed), k + 1, kind)
 
 
@@ -297,7 +284,7 @@ def _wrong_step(step: Equation, kind: str, known: set[Fraction], rng: Random) ->
     if step.value.denominator != 1:
         return None
     if kind in ("value", "broken"):
-        return Equation(step.operands, step.operators, Fraction(_other(int(step.value), rng)))
+        return replace(step, value=Fraction(_other(int(step.value), rng)))
     operands, operators = list(step.operands), list(step.operators)
     if kind == "operand":
         strangers = [n for n in range(1, 2 * int(max(operands)) + 3) if n not in known]
@@ -305,10 +292,15 @@ def _wrong_step(step: Equation, kind: str, known: set[Fraction], rng: Random) ->
     else:
         i = rng.randrange(len(operators))
         operators[i] = {"+": "-", "-": "+", "*": "+", "/": "-"}[operators[i]]
-    value = Equation(tuple(operands), tuple(operators), step.value).compute()
+    return _computed(tuple(operands), tuple(operators))
+
+
+def _computed(operands: tuple[Fraction, ...], operators: tuple[str, ...]) -> Equation | None:
+    """The equation with its right value; None where that is no natural number."""
+    value = Equation(operands, operators, Fraction(0)).compute()
     if value is None or value < 0 or value.denominator != 1:
         return None
-    return Equation(tuple(operands), tuple(operators), value)
+    return Equation(operands, operators, value)
 
 
 def _other(value: int, rng: Random) -> int:
@@ -357,8 +349,6 @@ def comparisons(largest: int, n: int, rng: Random) -> list[tuple[str, str]]:
     return drills
 
 
-# ---- balance -------------------------------------------------------------------------------------------
-
 BANDS = {"low": (1, 2), "mid": (3, 5), "high": (6, 8), "top": (9, 10)}
 Marked = tuple[Problem, str, str, Annotation]
 
@@ -381,18 +371,17 @@ def balance(marked: Sequence[Marked], shares: Mapping[str, float], limit: int, r
         raise UserError(f"critic.data.balance: shares of {', '.join(BANDS)} expected, found {dict(shares)}.")
     for group in groups.values():
         rng.shuffle(group)
-    wanted = {name: share for name, share in shares.items() if share > 0} or None
-    if wanted is None:
-        chosen = [item for group in groups.values() for item in group]
-    else:
+    wanted = {name: share for name, share in shares.items() if share > 0}
+    if wanted:
         limits = [len(groups[name]) / share for name, share in wanted.items() if share > 0.1]
         total = min(limits, default=float(len(marked)))
         chosen = [item for name, share in wanted.items() for item in groups[name][: round(total * share)]]
+    else:
+        chosen = [item for group in groups.values() for item in group]
     rng.shuffle(chosen)
-    chosen = chosen[:limit] if limit else chosen
     if not chosen:
         counts = {name: len(group) for name, group in groups.items()}
         raise UserError(
             f"The critic has nothing to learn from: marked responses by band {counts}; see critic.data."
         )
-    return chosen
+    return chosen[:limit] if limit else chosen

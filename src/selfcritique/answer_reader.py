@@ -14,17 +14,14 @@ _MAX_NUMBER = 1000  # digits, and size of an exponent, up to which a number beco
 _MAX_DEPTH = 8  # nested brackets that are read as structure
 
 
-# ---- one notation ----------------------------------------------------------------------------------------
-
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+")
 _VULGAR = re.compile(r"(?<=[0-9])([¼-¾⅐-⅞])")  # 3½ is 3 1/2
-_SYMBOLS = {
+_SYMBOLS = str.maketrans({
     "⁄": "/", "−": "-", "×": r"\times ", "÷": r"\div ", "π": r"\pi ", "∞": r"\infty ",
     "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∪": r"\cup ", "±": r"\pm ", "∓": r"\mp ",
     "∈": r"\in ", "·": r"\cdot ", "°": r"^\circ ", "、": ",", "，": ",", "。": ".", "“": "", "”": "",
-}  # fmt: skip
-_SYMBOL_TABLE = str.maketrans(_SYMBOLS)
+})  # fmt: skip
 _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -66,15 +63,12 @@ def _normalise(text: str) -> str:
     """The same notation for the same thing: Unicode, spacing, fonts, relations, percent, separators."""
     text = _HEADING.sub("", text.strip(), count=1)
     text = _SUPERSCRIPT.sub(lambda m: "^{" + m.group().translate(_SUPERSCRIPTS) + "}", text)
-    text = unicodedata.normalize("NFKC", _VULGAR.sub(r" \1", text)).translate(_SYMBOL_TABLE)
+    text = unicodedata.normalize("NFKC", _VULGAR.sub(r" \1", text)).translate(_SYMBOLS)
     if "\\begin" not in text:  # there a doubled backslash ends a row
         text = re.sub(r"\\\\(?=[a-zA-Z{}()\[\]])", r"\\", text)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     return text.strip(" ,;").rstrip(" .,;")
-
-
-# ---- numbers -------------------------------------------------------------------------------------------
 
 
 class Num(NamedTuple):
@@ -234,9 +228,6 @@ def _chinese_value(text: str) -> Fraction | None:
     return total + section + (current or 0) + tail
 
 
-# ---- the tree --------------------------------------------------------------------------------------------
-
-
 class Word(NamedTuple):
     key: str
     latex: str
@@ -270,6 +261,7 @@ class Named(NamedTuple):
 Node: TypeAlias = Num | Word | Formula | Group | Named
 
 _TOKEN = re.compile(r"\\(?:cup|le|ge|in|approx|begin|end)(?![a-zA-Z])|\\.|[()\[\]{},;=<>]", re.DOTALL)
+_SEPARATORS = {*",;=<>", "\\cup", "\\le", "\\ge", "\\in", "\\approx"}
 _OPEN, _CLOSE = {"(", "[", "{", "\\{", "\\begin"}, {")", "]", "}", "\\}", "\\end"}
 _ATOM = r"(?:\\?[a-zA-Z]+'*|\\text\{[^{}]*\})(?:_(?:\{[^{}]*\}|\w))?(?:\([^()]*\))?"
 _NAME = re.compile(
@@ -325,7 +317,10 @@ def _tree(text: str, depth: int, join: bool) -> Node:
     return _leaf(text)
 
 
-def _top_level(text: str) -> list[tuple[int, int, str]]:
+_Tokens: TypeAlias = list[tuple[int, int, str]]
+
+
+def _top_level(text: str) -> _Tokens:
     """Separators and relations outside all brackets: (start, end, token); none if brackets do not match."""
     depth, tokens = 0, []
     for found in _TOKEN.finditer(text):
@@ -336,12 +331,9 @@ def _top_level(text: str) -> list[tuple[int, int, str]]:
             depth -= 1
             if depth < 0:
                 return []
-        elif depth == 0 and (token in ",;=<>" or token in ("\\cup", "\\le", "\\ge", "\\in", "\\approx")):
+        elif depth == 0 and token in _SEPARATORS:
             tokens.append((found.start(), found.end(), token))
     return tokens if depth == 0 else []
-
-
-_Tokens: TypeAlias = list[tuple[int, int, str]]
 
 
 def _pieces(text: str, tokens: _Tokens) -> list[str]:
@@ -404,7 +396,7 @@ def _relation(text: str, tokens: _Tokens, depth: int, join: bool) -> Node | None
             return _tree(parts[-1], depth + 1, join)
     if kinds == ["\\in"] and _NAME.fullmatch(parts[0]):
         return _named(parts[0], _tree(parts[1], depth + 1, join), text)
-    if (kinds and set(kinds) <= {"<", "\\le"}) or (kinds and set(kinds) <= {">", "\\ge"}):
+    if kinds and (set(kinds) <= {"<", "\\le"} or set(kinds) <= {">", "\\ge"}):
         return _inequality(parts, kinds, depth, join, text)
     return None
 
@@ -416,16 +408,17 @@ def _inequality(parts: list[str], kinds: list[str], depth: int, join: bool, text
     names = [bool(_NAME.fullmatch(part)) for part in parts]
     opening = "(" if kinds[0] == "<" else "["
     closing = ")" if kinds[-1] == "<" else "]"
+    low: Node = _MINUS_INFINITY
+    high: Node = _INFINITY
     if len(parts) == 3 and names[1]:
-        ends = [_tree(parts[0], depth + 1, join), _tree(parts[2], depth + 1, join)]
-        return _named(parts[1], _group(opening + closing, ends, text), text)
-    if names == [True, False]:
-        ends = [_MINUS_INFINITY, _tree(parts[1], depth + 1, join)]
-        return _named(parts[0], _group("(" + closing, ends, text), text)
-    if names == [False, True]:
-        ends = [_tree(parts[0], depth + 1, join), _INFINITY]
-        return _named(parts[1], _group(opening + ")", ends, text), text)
-    return None
+        name, low, high = parts[1], _tree(parts[0], depth + 1, join), _tree(parts[2], depth + 1, join)
+    elif names == [True, False]:
+        name, opening, high = parts[0], "(", _tree(parts[1], depth + 1, join)
+    elif names == [False, True]:
+        name, closing, low = parts[1], ")", _tree(parts[0], depth + 1, join)
+    else:
+        return None
+    return _named(name, _group(opening + closing, [low, high], text), text)
 
 
 def _union(text: str, tokens: _Tokens, depth: int, join: bool) -> Node | None:

@@ -31,6 +31,7 @@ from pathlib import Path
 
 from selfcritique.errors import UserError
 
+TIMERS = {signal.ITIMER_PROF: signal.SIGPROF, signal.ITIMER_REAL: signal.SIGALRM}
 START_S = 900.0  # for the imports, on an overloaded machine; a worker that ends is noticed at once
 WALL = 10  # wall time allowed, as a multiple of the CPU time
 GRACE_S = 60.0  # beyond that, before the caller gives a worker up as lost
@@ -126,12 +127,6 @@ class _Worker:
                     stream.close()
 
 
-def idle_pids() -> list[int]:
-    """Process (and session) ids of the template processes that wait for work."""
-    with _lock:
-        return [worker.process.pid for worker in _idle]
-
-
 def shut_down() -> None:
     """End the idle workers; the next comparison that needs algebra starts new ones."""
     with _lock:
@@ -154,9 +149,6 @@ atexit.register(shut_down)
 os.register_at_fork(after_in_child=_after_fork)
 
 
-# ---- the worker's side ---------------------------------------------------------------------------------
-
-
 def _template() -> None:
     """Import, warm up, then keep one grader alive until standard input closes."""
     from selfcritique import algebra
@@ -176,15 +168,15 @@ def _template() -> None:
         _, status = os.waitpid(child, 0)
         if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0:
             return
-        late = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGPROF, signal.SIGALRM)
+        late = os.WIFSIGNALED(status) and os.WTERMSIG(status) in TIMERS.values()
         os.write(out, b"timeout\n" if late else b"unsupported\n")
 
 
 def _serve(out: int) -> None:
     from selfcritique import algebra
 
-    for timer in (signal.SIGPROF, signal.SIGALRM):
-        signal.signal(timer, signal.SIG_DFL)
+    for late in TIMERS.values():
+        signal.signal(late, signal.SIG_DFL)
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     with os.fdopen(0, "rb", closefd=False) as requests:
         for line in requests:
@@ -197,8 +189,8 @@ def _serve(out: int) -> None:
                 verdict = algebra.verdict(gold, predicted)
             except MemoryError:
                 os._exit(3)  # a fresh grader has its memory back
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            for timer in TIMERS:
+                signal.setitimer(timer, 0)
             os.write(out, verdict.encode() + b"\n")
 
 

@@ -13,7 +13,7 @@ only is a unit, so that 10% matches 10 and 0.1.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from fractions import Fraction
 from functools import lru_cache
@@ -47,8 +47,6 @@ _MAX_TEXT = 1_000_000  # characters; beyond it nothing is read
 _MAX_QUICK = 10_000  # characters; longer answers, plain numbers aside, are read within the limits of a worker
 _MAX_MATCHES = 2500  # pairs tried when two lists are matched in any order
 
-
-# ---- the final answer of a response --------------------------------------------------------------------
 
 _ANSWER_IS = re.compile(r"(?:answer\s+is|answer\s*:|答案\s*[是为:：])", re.IGNORECASE)
 _MATH = re.compile(
@@ -130,9 +128,6 @@ def _last_value(text: str) -> str | None:
     return last.group() if last else None
 
 
-# ---- equality of trees ---------------------------------------------------------------------------------
-
-
 def _reading(text: str, join: bool = True) -> Node:
     return _remembered(text, join) if len(text) <= 1000 else read(extract(text) or text, join)
 
@@ -164,10 +159,10 @@ def same(gold: Node, predicted: Node, leaf: Leaf) -> bool:
         return _same_number(gold, predicted)
     if isinstance(gold, Group) and isinstance(predicted, Group):
         return _same_group(gold, predicted, leaf)
-    kinds = (gold, predicted)
-    if any(isinstance(n, Formula) for n in kinds):
-        return False if any(isinstance(n, Word) and len(n.key) > 1 for n in kinds) else leaf(gold, predicted)
-    return False
+    both = (gold, predicted)
+    if any(isinstance(n, Word) and len(n.key) > 1 for n in both):
+        return False
+    return any(isinstance(n, Formula) for n in both) and leaf(gold, predicted)
 
 
 def _same_named(gold: Node, predicted: Node, leaf: Leaf) -> bool:
@@ -207,10 +202,10 @@ def _agree(gold: Num, a: Fraction, predicted: Num, b: Fraction) -> bool:
     """Same value, or one is the other rounded to all the places it shows (at least 3 significant)."""
     if gold.percent != predicted.percent:
         return False
-    if (gold.places is None) == (predicted.places is None):
+    if a == b or (gold.places is None) == (predicted.places is None):
         return a == b
     shown = gold if gold.places is not None else predicted
-    return a == b or (shown.significant >= 3 and abs(a - b) * 2 * 10 ** (shown.places or 0) <= 1)
+    return shown.significant >= 3 and abs(a - b) * 2 * 10 ** (shown.places or 0) <= 1
 
 
 def _same_group(gold: Group, predicted: Group, leaf: Leaf) -> bool:
@@ -223,18 +218,16 @@ def _same_group(gold: Group, predicted: Group, leaf: Leaf) -> bool:
         return not unordered >= {gold.kind, predicted.kind} - {"U"} and leaf(gold, predicted)
     for bare, other in ((gold, predicted), (predicted, gold)):
         if bare.kind == "," and other.kind == "()" and all(isinstance(n, Named) for n in bare.items):
-            return _all_same(zip(gold.items, predicted.items, strict=False), gold, predicted, leaf)
-    if gold.kind != predicted.kind:
-        return False
-    return _all_same(zip(gold.items, predicted.items, strict=False), gold, predicted, leaf)
+            return _all_same(gold.items, predicted.items, leaf)
+    return gold.kind == predicted.kind and _all_same(gold.items, predicted.items, leaf)
 
 
-def _all_same(pairs: Iterator[tuple[Node, Node]], gold: Group, predicted: Group, leaf: Leaf) -> bool:
+def _all_same(gold: Sequence[Node], predicted: Sequence[Node], leaf: Leaf) -> bool:
     """In order. A pair that numbers decide spares the algebra of the others."""
-    if len(gold.items) != len(predicted.items):
+    if len(gold) != len(predicted):
         return False
     undecided: Exception | None = None
-    for a, b in pairs:
+    for a, b in zip(gold, predicted, strict=True):
         try:
             if not same(a, b, leaf):
                 return False
@@ -280,9 +273,6 @@ def _may_match(a: Node, b: Node, names: set[str]) -> bool:
     return True
 
 
-# ---- verdicts ----------------------------------------------------------------------------------------------
-
-
 def canonical(answer: str) -> str:
     """One text for equal answers, to group samples for maj@k; formulas and long texts stay as they are.
 
@@ -290,7 +280,7 @@ def canonical(answer: str) -> str:
     """
     if len(answer) > _MAX_QUICK and not PLAIN_NUMBER.fullmatch(answer):
         return answer
-    node = _reading(answer, True)
+    node = _reading(answer)
     return node_key(node.node if isinstance(node, Named) else node)
 
 
@@ -298,12 +288,12 @@ def decide(gold: str, predicted: str, leaf: Leaf) -> bool:
     """Equality of two texts under the policy."""
     if gold == predicted:
         return True
-    a, b = _reading(gold.strip(), True), _reading(predicted.strip(), True)
+    a, b = _reading(gold.strip()), _reading(predicted.strip())
     if same(a, b, leaf):
         return True
     number, other = (a, b) if isinstance(a, Num) else (b, a)
     if isinstance(number, Num) and "," in number.latex and isinstance(other, Group):
-        return same(_reading(gold.strip(), False), _reading(predicted.strip(), False), leaf)
+        return same(_reading(gold.strip(), join=False), _reading(predicted.strip(), join=False), leaf)
     return False
 
 
@@ -315,7 +305,7 @@ def _fast(gold: str, predicted: str | None) -> Verdict | None:
     """The verdict where exact arithmetic on numbers, words and their groups suffices, else None."""
     if predicted is None or not predicted.strip():
         return Verdict.incorrect
-    if len(gold) > _MAX_TEXT or len(predicted) > _MAX_TEXT:
+    if max(len(gold), len(predicted)) > _MAX_TEXT:
         return Verdict.unsupported
     if any(len(text) > _MAX_QUICK and not PLAIN_NUMBER.fullmatch(text) for text in (gold, predicted)):
         return None
@@ -354,11 +344,10 @@ def compare_many(
             "with it. Give each problem an answer, or leave the problem out."
         )
     verdicts = [_fast(gold, predicted) for gold, predicted in zip(golds, predictions, strict=True)]
-    slow = [i for i, verdict in enumerate(verdicts) if verdict is None]
+    slow = [(golds[i], predictions[i] or "") for i, verdict in enumerate(verdicts) if verdict is None]
     if slow:
         from selfcritique.answer_worker import grade
 
-        pairs = [(golds[i], predictions[i] or "") for i in slow]
-        for i, verdict in zip(slow, grade(pairs, workers, limit_s, memory_mb), strict=True):
-            verdicts[i] = Verdict(verdict)
-    return [Verdict.unsupported if verdict is None else verdict for verdict in verdicts]
+        graded = iter(grade(slow, workers, limit_s, memory_mb))
+        return [verdict or Verdict(next(graded)) for verdict in verdicts]
+    return [verdict for verdict in verdicts if verdict]

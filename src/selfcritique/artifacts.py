@@ -28,8 +28,9 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
+from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, TypedDict
 
 from selfcritique.errors import UserError
 
@@ -53,9 +54,6 @@ def artifact_key(stage: str, version: int, config: Mapping[str, Any], inputs: Ma
     parts = {"stage": stage, "version": version, "config": dict(config), "inputs": dict(inputs)}
     canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
-
-
-# ---- writing -------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -93,17 +91,24 @@ def _free_bytes(path: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def _write_all(descriptor: int, data: bytes) -> None:
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _write_synced(descriptor: int, data: bytes) -> None:
     while data:
         data = data[os.write(descriptor, data) :]
+    os.fsync(descriptor)
 
 
 def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
+    with _opened(path, os.O_RDONLY) as descriptor:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -112,12 +117,8 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(path.name + ".tmp")
     with full_disk_is_user_error(path):
         try:
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-            try:
-                _write_all(descriptor, data)
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            with _opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as descriptor:
+                _write_synced(descriptor, data)
             os.replace(temporary, path)
         except OSError:
             temporary.unlink(missing_ok=True)
@@ -138,83 +139,41 @@ class Journal:
     """A stage's finished batches, one JSON line each: `{"batch": id, "rows": [...]}`.
 
     One writer at a time (the stage holds its key's lock). Opening cuts off what a kill left of a line.
-    fsync: sync after every batch; without it a power cut, though no kill, may lose the newest ones.
     """
 
-    def __init__(self, path: Path, fsync: bool = True) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self._fsync = fsync
-        self._done: set[str] = set()
         if path.exists():
-            self._recover()
-
-    def _recover(self) -> None:
-        end = 0
-        with self.path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.endswith(b"\n"):
-                    break
-                self._done.add(self._parse(number, line)[0])
-                end += len(line)
-        if end < self.path.stat().st_size:
-            os.truncate(self.path, end)
-
-    def _parse(self, number: int, line: bytes) -> tuple[str, list[Any]]:
-        try:
-            record = json.loads(line)
-            return record["batch"], record["rows"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{self.path}, line {number} is damaged; delete the line, and its batch is redone"
-            ) from error
-
-    def __contains__(self, batch_id: str) -> bool:
-        return batch_id in self._done
-
-    def __len__(self) -> int:
-        return len(self._done)
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
     def append(self, batch_id: str, rows: list[Any]) -> None:
         """Record a batch; a failed write leaves the journal as it was."""
-        if batch_id in self._done:
-            raise ValueError(f"{self.path}: batch {batch_id} is already recorded")
         line = json.dumps({"batch": batch_id, "rows": rows}, allow_nan=False).encode() + b"\n"
-        with full_disk_is_user_error(self.path):
-            # opened anew each time: once another process took the key over and published, this fails
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        # opened anew each time: once another process took the key over and published, this fails
+        appending = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        with full_disk_is_user_error(self.path), _opened(self.path, appending) as descriptor:
             size = os.fstat(descriptor).st_size
             try:
-                _write_all(descriptor, line)
-                if self._fsync:
-                    os.fsync(descriptor)
+                _write_synced(descriptor, line)
             except BaseException:
                 os.ftruncate(descriptor, size)
                 raise
-            finally:
-                os.close(descriptor)
-        self._done.add(batch_id)
-
-    def batches(self) -> Iterator[tuple[str, list[Any]]]:
-        """(id, rows) in the order recorded, one batch in memory at a time."""
-        if not self.path.exists():
-            return
-        seen: set[str] = set()
-        with self.path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                batch_id, rows = self._parse(number, line)
-                if batch_id not in seen:  # twice only if a stalled owner woke after its lease was taken over
-                    seen.add(batch_id)
-                    yield batch_id, rows
-
-    def rows(self) -> Iterator[Any]:
-        for _, rows in self.batches():
-            yield from rows
 
     def load(self) -> dict[str, list[Any]]:
-        return dict(self.batches())
-
-
-# ---- locks ---------------------------------------------------------------------------------------------
+        """Rows by batch id, in the order recorded."""
+        batches: dict[str, list[Any]] = {}
+        if not self.path.exists():
+            return batches
+        with self.path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    record = json.loads(line)
+                    # twice only if a stalled owner woke after its lease was taken over: the first counts
+                    batches.setdefault(record["batch"], record["rows"])
+                except (ValueError, KeyError, TypeError) as error:
+                    damaged = f"{self.path}, line {number} is damaged"
+                    raise UserError(f"{damaged}; delete the line, and its batch is redone") from error
+        return batches
 
 
 LEASE = "LEASE"  # a file in a store that several machines share, where flock may be local or missing
@@ -234,9 +193,8 @@ def _flock(path: Path, waiting: Say | None) -> Iterator[StillMine | None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if waiting is None:
-                held = False
-            else:
+            held = waiting is not None
+            if waiting is not None:
                 _say_waiting(waiting, path)
                 fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
@@ -287,7 +245,7 @@ class _Lease:
         seen: tuple[int, bytes] | None = None
         since = time.monotonic()
         while True:
-            newest = self._newest()
+            newest = next(n for n in count() if not self._file(n + 1).exists())
             state = (newest, self._file(newest).read_bytes() if newest else self.RELEASED)
             free = state[1] == self.RELEASED
             if state != seen and not free:
@@ -297,46 +255,26 @@ class _Lease:
                     return None
                 seen, since = state, time.monotonic()
             if free or time.monotonic() - since > self._stale_s:
-                if self._create(newest + 1):
+                with suppress(FileExistsError):
+                    self._file(newest + 1).touch(exist_ok=False)
                     return newest + 1
             else:
                 time.sleep(self._stale_s / 12)
 
-    def _newest(self) -> int:
-        generation = 0
-        while self._file(generation + 1).exists():
-            generation += 1
-        return generation
-
-    def _create(self, generation: int) -> bool:
-        try:
-            os.close(os.open(self._file(generation), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-        except FileExistsError:
-            return False
-        return True
-
     def _write(self, generation: int, state: bytes) -> None:
         """8 bytes in place: readers see the old or the new."""
-        descriptor = os.open(self._file(generation), os.O_WRONLY)
-        try:
+        with _opened(self._file(generation), os.O_WRONLY) as descriptor:
             os.pwrite(descriptor, state, 0)
             os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
     def _beat(self, generation: int, stop: threading.Event) -> None:
-        beats = 0
-        while not stop.wait(self._stale_s / 6):
-            beats += 1
+        for beat in count(1):
+            if stop.wait(self._stale_s / 6):
+                return
             try:
-                self._write(generation, b"%8d" % beats)
-            except (
-                OSError
-            ) as error:  # a hiccup of the server: the next beat may succeed, else the lease is lost
+                self._write(generation, b"%8d" % beat)
+            except OSError as error:  # the server's hiccup: the next beat may succeed, else the lease is lost
                 log.warning("lease %s: %s", self._path.name, error)
-
-
-# ---- the store -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -361,6 +299,7 @@ class Artifact:
 class Entry(TypedDict):
     """One line of `store ls`."""
 
+    path: Path
     stage: str
     key: str
     bytes: int  # what the store itself holds: linked files do not count
@@ -368,11 +307,6 @@ class Entry(TypedDict):
     age_s: float  # since last used or written
     pinned: bool
     partial: bool
-
-
-class Disk(NamedTuple):
-    used: int  # bytes
-    free: int  # bytes
 
 
 class Store:
@@ -460,11 +394,9 @@ class Store:
                     f"cannot make the folder {folder} of the artifact store: {error.strerror}"
                 ) from error
         path = locks / f"{stage}-{key}"
-        return (
-            _Lease(path, self._stale_s).hold(waiting)
-            if (self.root / LEASE).exists()
-            else _flock(path, waiting)
-        )
+        if (self.root / LEASE).exists():
+            return _Lease(path, self._stale_s).hold(waiting)
+        return _flock(path, waiting)
 
     def ls(self) -> list[Entry]:
         """Every artifact, finished or not, by stage and key."""
@@ -477,6 +409,7 @@ class Store:
             size, used = _usage(path)
             rows.append(
                 Entry(
+                    path=path,
                     stage=path.parent.name,
                     key=key,
                     bytes=size,
@@ -490,25 +423,17 @@ class Store:
 
     def gc(self, keep: Collection[str] = (), older_than_s: float = 0.0, dry_run: bool = False) -> int:
         """Delete what is neither kept, pinned, being built nor used in the last seconds; the bytes freed."""
-        freed = 0
-        for trash in self.root.glob("[!.]*/*.trash"):  # of a process killed while deleting
-            with self._lock(trash.parent.name, trash.stem, None) as held:
-                if held is not None:
-                    freed += _usage(trash)[0]
-                    if not dry_run:
-                        _empty_trash(trash)
+        paths = [*self.root.glob("[!.]*/*.trash")]  # of a process killed while deleting
         for row in self.ls():
-            if row["pinned"] or row["key"] in keep or row["age_s"] < older_than_s:
-                continue
-            with self._lock(row["stage"], row["key"], None) as held:
-                if held is None:
-                    continue
-                freed += row["bytes"]
-                if not dry_run:
-                    for name in (row["key"], f"{row['key']}.partial"):
-                        path = self.root / row["stage"] / name
-                        if path.exists() and (path / MANIFEST).exists() != row["partial"]:
-                            _discard(path)
+            if not row["pinned"] and row["key"] not in keep and row["age_s"] >= older_than_s:
+                paths.append(row["path"])
+        freed = 0
+        for path in paths:
+            with self._lock(path.parent.name, path.stem, None) as held:
+                if held is not None:
+                    freed += _usage(path)[0]
+                    if not dry_run:
+                        _discard(path)
         return freed
 
     def pin(self, key: str) -> None:
@@ -523,26 +448,6 @@ class Store:
 
     def _pin(self, key: str) -> Path:
         return self.root / ".pins" / key
-
-    def disk(self) -> Disk:
-        return Disk(_usage(self.root)[0], _free_bytes(self.root))
-
-    def lineage(self, artifact: Artifact) -> dict[str, str]:
-        """Key -> stage of the artifact and all it was made from, inputs first."""
-        found: dict[str, str] = {}
-
-        def visit(stage: str, key: str) -> None:
-            manifest = _read_json(self.root / stage / key / MANIFEST) or {"inputs": {}}
-            for source in manifest["inputs"].values():
-                if source["key"] not in found:
-                    visit(source["stage"], source["key"])
-            found[key] = stage
-
-        visit(artifact.stage, artifact.key)
-        return found
-
-
-# ---- making one ----------------------------------------------------------------------------------------
 
 
 def _make(
@@ -585,24 +490,16 @@ def _publish(partial: Path, final: Path) -> None:
     """Put finished work in its place; whatever was there goes. Can be killed and done again anywhere."""
     if (partial / SCRATCH).exists():
         shutil.rmtree(partial / SCRATCH)
-    trash = _empty_trash(final)
-    if final.exists():
-        os.rename(final, trash)
+    _discard(final)
     os.rename(partial, final)
     _sync_directory(final.parent)
-    _empty_trash(final)
-
-
-def _empty_trash(path: Path) -> Path:
-    trash = path.with_name(path.name.partition(".")[0] + ".trash")
-    if trash.exists():
-        shutil.rmtree(trash)
-    return trash
 
 
 def _discard(path: Path) -> None:
-    """Delete a directory that is never seen half deleted under its own name."""
-    trash = _empty_trash(path)
+    """Delete a directory that is never seen half deleted under its own name, and what a kill left of one."""
+    trash = path.with_name(f"{path.stem}.trash")
+    if trash.exists():
+        shutil.rmtree(trash)
     if path.exists():
         os.rename(path, trash)
         shutil.rmtree(trash)
@@ -619,12 +516,9 @@ def _remove_outputs(partial: Path) -> None:
 
 def _files(root: Path) -> Iterator[tuple[str, Path]]:
     """(relative path with slashes, path) of every file but the manifest, through links, sorted."""
-    found = []
-    for folder, _, names in os.walk(root, followlinks=True):
-        for name in names:
-            path = Path(folder, name)
-            found.append((path.relative_to(root).as_posix(), path))
-    return ((name, path) for name, path in sorted(found) if name != MANIFEST)
+    paths = [Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names]
+    found = sorted((path.relative_to(root).as_posix(), path) for path in paths)
+    return ((name, path) for name, path in found if name != MANIFEST)
 
 
 def _tree_digest(files: Mapping[str, Path]) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import polars as pl
 from omegaconf import OmegaConf
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from selfcritique import stages
 from selfcritique.artifacts import Artifact, Store, write_json
@@ -73,13 +73,11 @@ def card_config(words: Sequence[str]) -> tuple[CardConfig, dict[str, Artifact]]:
         entry = lineage.get(name)
         artifact = store.find(entry["stage"], entry["key"], None) if entry else None
         if artifact is None:
-            raise UserError(
-                f"{runs[-1]}: its {name} is not in the store {store.root}; run it again until=gate."
-            )
+            missing = f"its {name} is not in the store {store.root}"
+            raise UserError(f"{runs[-1]}: {missing}; run it again until=gate.")
         ready[name] = artifact
-    config.seed = ready["gate_scores"].manifest["config"][
-        "seed"
-    ]  # the run's own reading is one of the card's
+    # so that the run's own reading is one of the card's
+    config.seed = ready["gate_scores"].manifest["config"]["seed"]
     return _checked(OmegaConf.merge(config, given, {"critic": str(runs[-1])})), ready
 
 
@@ -173,8 +171,6 @@ def main(words: Sequence[str]) -> None:
     print(f"Card: {out}")
 
 
-# ---- tables in the terminal ----------------------------------------------------------------------------
-
 MEASURES = {  # what is shown -> where it stands in a reading
     "balanced accuracy": ("balanced_accuracy",),
     "F1": ("f1",),
@@ -209,18 +205,14 @@ def show(card: Mapping[str, Any], console: Console) -> None:
         curve.add_row(*map(_decimal, row.values()))
     console.print(curve)
     for row in card["agreement"]:
-        console.print(
-            f"{row['a']} and {row['b']}: κ {_decimal(row['kappa'])}, "
-            f"rank correlation {_decimal(row['spearman'])}, "
-            f"mean difference {_decimal(row['mean_absolute_difference'])} points."
-        )
+        kappa, rho, apart = (_decimal(row[k]) for k in ("kappa", "spearman", "mean_absolute_difference"))
+        agree = f"κ {kappa}, rank correlation {rho}, mean difference {apart} points"
+        console.print(f"{row['a']} and {row['b']}: {agree}.")
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for number, column in enumerate(columns):
-        table.add_column(column, no_wrap=number == 0)
-    return table
+    first, *others = columns
+    return Table(Column(first, no_wrap=True), *others, title=title, title_justify="left")
 
 
 def measure_of(reading: Mapping[str, Any], measure: str) -> float | None:

@@ -86,9 +86,9 @@ def _fixes(path: Path) -> Mapping[tuple[str, int], bool]:
 def _problem(
     question: str, reference: str, answer: str, source: str, subject: str = "", level: int = 0
 ) -> Problem:
-    difficulty = level or len(equations(reference))
+    question, reference, answer = (text.strip() for text in (question, reference, answer))
     return Problem(
-        question.strip(), reference.strip(), answer.strip(), source, subject, difficulty=difficulty
+        question, reference, answer, source, subject, difficulty=level or len(equations(reference))
     )
 
 
@@ -106,10 +106,8 @@ def _gsm8k_model_solutions(row: Row) -> Iterator[Labelled]:
 
 def _realcritic(row: Row) -> Iterator[Labelled]:
     reference, level = row.get("solution") or row["answer"], row.get("level", "")
-    subject = row["file"].removesuffix("_test")
-    problem = _problem(
-        row["question"], reference, row["gt"], "realcritic", subject, int(level.removeprefix("Level ") or 0)
-    )
+    subject, level = row["file"].removesuffix("_test"), int(level.removeprefix("Level ") or 0)
+    problem = _problem(row["question"], reference, row["gt"], "realcritic", subject, level)
     text = row["reasoning"].strip()
     if extract(text) is None:  # the label is of `pred`, which its authors read out of the text
         text += f"\n#### {row['pred']}"
@@ -118,10 +116,8 @@ def _realcritic(row: Row) -> Iterator[Labelled]:
 
 
 def _mr_gsm8k(row: Row) -> Iterator[Labelled]:
-    answer = str(row["ground_truth_answer"])
-    problem = _problem(
-        row["question"], row["ground_truth_solution"], answer, "mr_gsm8k", row["question_type"]
-    )
+    reference, answer = row["ground_truth_solution"], str(row["ground_truth_answer"])
+    problem = _problem(row["question"], reference, answer, "mr_gsm8k", row["question_type"])
     right = row["model_output_answer_correctness"] == "correct"
     steps = tuple(row["model_output_steps"])
     yield Labelled(problem, "\n".join(steps), right, row["model_output_solution_first_error_step"], steps)
@@ -142,9 +138,8 @@ def _own(row: Row) -> Iterator[Labelled]:
     yield Labelled(problem, row["response"], row.get("correct"), row.get("first_error"), steps, score)
 
 
-ADAPTERS: Mapping[
-    str, Callable[[Row], Iterator[Labelled]]
-] = {  # a field that only this set has -> its reader
+# A field that only this set has -> its reader.
+ADAPTERS: Mapping[str, Callable[[Row], Iterator[Labelled]]] = {
     "175b_verification": _gsm8k_model_solutions,
     "previous_score": _realcritic,
     "model_output_steps": _mr_gsm8k,

@@ -15,7 +15,7 @@ for `summary.json`: what is not defined or not bounded is None, never NaN.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from itertools import combinations
 from typing import Any
@@ -30,6 +30,7 @@ from selfcritique.errors import UserError
 POSITIVE = 6.0  # a mean score from here on says "right", whatever the rejection threshold
 THRESHOLDS = tuple(range(2, 11))  # of the card's rejection curve
 HARD = 7.0  # MathUserEval's hard average is the share of scores from here on
+ALPHA = 0.05  # level of a family of comparisons
 CLEAN = 9.0  # band 9-10: right throughout; 6-8: right result, flawed steps
 
 Result = dict[str, Any]  # what JSON can hold
@@ -43,12 +44,15 @@ def _number(x: float) -> float | None:
 
 
 def _interval(found: stats.Interval) -> Result:
-    return {
-        "value": _number(found.value),
-        "low": _number(found.low),
-        "high": _number(found.high),
-        "n": found.n,
-    }
+    return {name: x if name == "n" else _number(x) for name, x in asdict(found).items()}
+
+
+def _mean(values: pl.Series) -> Result:
+    return _interval(stats.mean_interval(values))
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -70,11 +74,10 @@ def _samples(rows: pl.DataFrame, k: int, metric: str) -> pl.DataFrame:
     """Every sampled problem's samples in order; refuses a table in which one has fewer than k."""
     samples = rows.filter(pl.col("kind") == "sample").sort("problem_id", "sample")
     counts = samples.group_by("problem_id").len()
-    problems = counts.height
     lacking = counts.filter(pl.col("len") < k).height
     if lacking:
         raise UserError(
-            f"{metric}: {lacking} of {problems} problems have fewer than {k} samples; "
+            f"{metric}: {lacking} of {counts.height} problems have fewer than {k} samples; "
             "raise the number of evaluation samples or ask for a smaller k"
         )
     return samples
@@ -140,15 +143,14 @@ def accuracy(rows: pl.DataFrame) -> Result:
 
 def measure(rows: pl.DataFrame, metric: str) -> Result:
     """A metric with its interval over problems: {value, low, high, n}."""
-    return _interval(stats.mean_interval(problem_values(rows, metric)["value"].to_numpy()))
+    return _mean(problem_values(rows, metric)["value"])
 
 
 def summarise_values(values: pl.DataFrame) -> Result:
     """Mean of a table (problem_id, source, value) with its interval, whole and by source; null: failed."""
     known = values.drop_nulls("value")
-    by = {name: _interval(stats.mean_interval(part["value"])) for name, part in _groups(known, "source")}
-    whole = _interval(stats.mean_interval(known["value"]))
-    return {**whole, "failed": values.height - known.height, "by": by}
+    by = {name: _mean(part["value"]) for name, part in _groups(known, "source")}
+    return {**_mean(known["value"]), "failed": values.height - known.height, "by": by}
 
 
 def by_group(rows: pl.DataFrame, column: str) -> dict[str, Result]:
@@ -164,7 +166,7 @@ def critic_score_summary(rows: pl.DataFrame, threshold: float) -> Result:
         return {"value": None, "low": None, "high": None, "n": 0, "share_above": None} | beside
     means = scored.group_by("problem_id").agg(pl.col("score").mean()).sort("problem_id")["score"]
     share = scored.select((pl.col("score") >= threshold).mean()).item()
-    return _interval(stats.mean_interval(means.to_numpy())) | {"share_above": share} | beside
+    return _mean(means) | {"share_above": share} | beside
 
 
 def _paired(a_rows: pl.DataFrame, b_rows: pl.DataFrame, metric: str) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -180,14 +182,8 @@ def _paired(a_rows: pl.DataFrame, b_rows: pl.DataFrame, metric: str) -> tuple[pl
 
 
 def _comparison(found: stats.Comparison, metric: str, a_value: float, b_value: float) -> Result:
-    relative = found.delta / b_value if b_value else None
-    return {
-        "metric": metric,
-        "a_value": a_value,
-        "b_value": b_value,
-        **asdict(found),
-        "relative": relative,
-    }
+    values = {"metric": metric, "a_value": a_value, "b_value": b_value}
+    return {**values, **asdict(found), "relative": _ratio(found.delta, b_value)}
 
 
 def compare_models(
@@ -225,48 +221,31 @@ def _sentence(row: Mapping[str, Any]) -> str:
     return f"{head}: indistinguishable (minimum detectable effect {100 * row['mde']:.1f} points)."
 
 
-def adjust(rows: Sequence[Result], alpha: float = 0.05) -> list[Result]:
+def adjust(rows: Sequence[Result]) -> list[Result]:
     """The family of comparisons with p_adjusted (Holm), mde, finding and a sentence each.
 
-    mde: minimum detectable effect at 80 % power and level alpha / family size, Holm's strictest step.
+    mde: minimum detectable effect at 80 % power and level 5 % / family size, Holm's strictest step.
     finding: better | worse | indistinguishable.
     """
     adjusted = stats.holm([row["p"] for row in rows])
     family = []
     for row, p in zip(rows, adjusted, strict=True):
-        mde = stats.minimum_detectable_effect(
-            row["error"], row["seed_share"], row["df"], alpha=alpha / len(rows)
-        )
+        mde = stats.minimum_detectable_effect(row["error"], row["seed_share"], row["df"], ALPHA / len(rows))
         direction = "better" if row["delta"] > 0 else "worse"
-        finding = direction if p < alpha else "indistinguishable"
+        finding = direction if p < ALPHA else "indistinguishable"
         whole = {**row, "p_adjusted": p, "mde": mde, "finding": finding}
         family.append({**whole, "sentence": _sentence(whole)})
     return family
 
 
-def comparison_table(
-    models: Mapping[str, pl.DataFrame],
-    seed: int,
-    against: str | Sequence[str] = "base",
-    metrics: Sequence[str] = ("accuracy",),
-) -> list[Result]:
-    """Every model against each of `against`, every metric, as one Holm-adjusted family.
+def comparison_table(models: Mapping[str, pl.DataFrame], seed: int, against: Collection[str]) -> list[Result]:
+    """Accuracy of every model against each of `against`, as one Holm-adjusted family.
 
     A pair appears once, the later model of `models` first, so that against=("base", "rft") compares
     rft − base, dpo − base and dpo − rft.
     """
-    references = (against,) if isinstance(against, str) else tuple(against)
-    missing = [name for name in references if name not in models]
-    if missing:
-        raise UserError(f"cannot compare against {', '.join(missing)}; there are {', '.join(models)}")
-    pairs = [
-        (later, earlier)
-        for earlier, later in combinations(models, 2)
-        if earlier in references or later in references
-    ]
-    return adjust([
-        compare_models(models[a], models[b], metric, seed, a, b) for metric in metrics for a, b in pairs
-    ])  # fmt: skip
+    pairs = [pair for pair in combinations(models, 2) if not set(pair).isdisjoint(against)]
+    return adjust([compare_models(models[a], models[b], "accuracy", seed, a, b) for b, a in pairs])
 
 
 def compare_seeds(
@@ -280,19 +259,12 @@ def compare_seeds(
     pairs = [_paired(x, y, metric) for x, y in zip(a_seeds, b_seeds, strict=True)]
     differences = [(x["value"] - y["value"]).to_numpy() for x, y in pairs]
     crossed = all(x["problem_id"].equals(pairs[0][0]["problem_id"]) for x, _ in pairs)
-    found = stats.seeds_interval(
-        np.stack(differences) if crossed else np.array([d.mean() for d in differences])
-    )
+    deltas = [float(d.mean()) for d in differences]
+    found = stats.seeds_interval(np.stack(differences) if crossed else deltas)
     a_value = float(np.mean([x["value"].mean() for x, _ in pairs]))
     b_value = float(np.mean([y["value"].mean() for _, y in pairs]))
-    return {
-        "a": a,
-        "b": b,
-        **_comparison(found, metric, a_value, b_value),
-        "seeds": len(pairs),
-        "n": len(differences[0]),
-        "deltas": [float(d.mean()) for d in differences],
-    }
+    beside = {"seeds": len(pairs), "n": len(differences[0]), "deltas": deltas}
+    return {"a": a, "b": b, **_comparison(found, metric, a_value, b_value), **beside}
 
 
 def _decisions(rows: pl.DataFrame) -> Result:
@@ -301,21 +273,19 @@ def _decisions(rows: pl.DataFrame) -> Result:
     scored = labelled.filter(pl.col("score").is_not_null())
     truth = labelled.select(_CORRECT).to_series().to_numpy()
     # an unparsed critique is a wrong decision: it says the opposite of the truth
-    says_right = labelled.select(
-        (pl.col("score") >= POSITIVE).fill_null(~_CORRECT).alias("decision")
-    ).to_series()
+    says_right = labelled.select((pl.col("score") >= POSITIVE).fill_null(~_CORRECT)).to_series().to_numpy()
     scored_truth = scored.select(_CORRECT).to_series().to_numpy()
     scores = scored["score"].to_numpy()
     tp, fp, tn, fn = stats.confusion(scored_truth, scores >= POSITIVE)
-    balanced = stats.balanced_accuracy(truth, says_right.to_numpy())
+    balanced = stats.balanced_accuracy(truth, says_right)
     return {
         "balanced_accuracy": _number(balanced.value),
         "balanced_accuracy_low": _number(balanced.low),
         "balanced_accuracy_high": _number(balanced.high),
         "balanced_accuracy_parsed": _number(stats.balanced_accuracy(scored_truth, scores >= POSITIVE).value),
         "auroc": _number(stats.auroc(scored_truth, scores)),
-        "f1": _number(stats.f1(truth, says_right.to_numpy())),
-        "parse_failure_rate": rows["score"].null_count() / rows.height if rows.height else None,
+        "f1": _number(stats.f1(truth, says_right)),
+        "parse_failure_rate": _ratio(rows["score"].null_count(), rows.height),
         "n": labelled.height,
         "n_correct": int(truth.sum()),
         "undecided": rows.height - labelled.height,
@@ -438,13 +408,11 @@ def threshold_curve(rows: pl.DataFrame, thresholds: Sequence[float]) -> list[Res
         hits = kept.select(_CORRECT.sum()).item()
         curve.append({
             "threshold": threshold,
-            "precision": hits / kept.height if kept.height else None,
-            "recall": hits / right if right else None,
-            "yield": kept.height / rows.height if rows.height else None,
-            "diversity": kept.select("problem_id", "equations_hash").n_unique() / kept.height
-            if kept.height
-            else None,
-            "coverage": kept["problem_id"].n_unique() / questions if questions else None,
+            "precision": _ratio(hits, kept.height),
+            "recall": _ratio(hits, right),
+            "yield": _ratio(kept.height, rows.height),
+            "diversity": _ratio(kept.select("problem_id", "equations_hash").n_unique(), kept.height),
+            "coverage": _ratio(kept["problem_id"].n_unique(), questions),
         })  # fmt: skip
     return curve
 
@@ -476,16 +444,14 @@ def judge_summary(rows: pl.DataFrame) -> Result:
     """
     scored = rows.filter(pl.col("score").is_not_null())
     by = {
-        f"by_{column}": {
-            name: _interval(stats.mean_interval(part["score"])) for name, part in _groups(scored, column)
-        }
+        f"by_{column}": {name: _mean(part["score"]) for name, part in _groups(scored, column)}
         for column in ("family", "subject", "source")
     }
     subjects = [subject["value"] for subject in by["by_subject"].values()]
     read = pl.col("published") >= 0
     return {
-        "micro": _interval(stats.mean_interval(scored["score"])),
-        "macro": sum(subjects) / len(subjects) if subjects else None,
+        "micro": _mean(scored["score"]),
+        "macro": _ratio(sum(subjects), len(subjects)),
         "hard": _interval(stats.wilson(int((scored["score"] >= HARD).sum()), scored.height)),
         "failed": rows.height - scored.height,
         "parses": dict(rows.group_by("parse").len().sort("parse").iter_rows()),

@@ -81,9 +81,6 @@ def save(figure: Figure, folder: Path) -> None:
         canvas.savefig(folder / f"{figure.name}.png", dpi=200, facecolor="white")
 
 
-# ---- kinds of charts -----------------------------------------------------------------------------------
-
-
 def curves(x: str, y: str, lines: Curves, at: float | None = None) -> Callable[[Axes], None]:
     """Lines over a common axis; `at` marks a value of x."""
 

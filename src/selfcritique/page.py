@@ -57,9 +57,6 @@ class Section:
 Part = Table | Figure | str  # a string is a paragraph
 
 
-# ---- the page ------------------------------------------------------------------------------------------
-
-
 def page(title: str, facts: Sequence[str], sections: Sequence[Section], data: str) -> str:
     """The HTML; data: scripts of `packed_samples`, or nothing."""
     names = [section.title for section in sections]
@@ -129,9 +126,6 @@ def shown(cell: Cell) -> str:
     return cell
 
 
-# ---- samples -------------------------------------------------------------------------------------------
-
-
 def pick(rows: pl.DataFrame, most: int) -> pl.DataFrame:
     """At most so many rows, each stratum in proportion and none left out while there is room for one of
     each; the draw depends on response ids alone. In the page's order: by stage and problem."""
@@ -175,9 +169,6 @@ def _coded(column: pl.Series) -> Mapping[str, Any]:
 def _packed(value: object) -> str:
     data = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
     return base64.b64encode(gzip.compress(data, 6, mtime=0)).decode()
-
-
-# ---- files for a paper ---------------------------------------------------------------------------------
 
 
 def write_files(sections: Sequence[Section], folder: Path) -> None:

@@ -8,7 +8,7 @@ control tokens; contents are data and never do, so no candidate answer can close
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import dropwhile, takewhile
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -128,11 +128,8 @@ class PromptEncoder:
         return [i for e in encoded for i in e.ids if i not in self._control_ids]
 
     def _skeleton(self, roles: tuple[str, ...]) -> _Skeleton:
-        if roles not in self._skeletons:
-            self._skeletons[roles] = self._build_skeleton(roles)
-        return self._skeletons[roles]
-
-    def _build_skeleton(self, roles: tuple[str, ...]) -> _Skeleton:
+        if roles in self._skeletons:
+            return self._skeletons[roles]
         marks = [f"zq{i}content{i}qz" for i in range(len(roles))]
         rendered = self._render(roles, marks)
         if re.findall(r"zq\d+content\d+qz", rendered) != marks:
@@ -147,28 +144,21 @@ class PromptEncoder:
         pieces = re.split("|".join(marks), rendered)
         ids = [self.tokenizer.encode(p, add_special_tokens=False, split_special_tokens=False) for p in pieces]
         if self.bos_id is not None:
-            while ids[0][:1] == [self.bos_id]:
-                ids[0] = ids[0][1:]
-            ids[0] = [self.bos_id, *ids[0]]
-        return _Skeleton(
+            ids[0] = [self.bos_id, *dropwhile(lambda i: i == self.bos_id, ids[0])]
+        self._skeletons[roles] = _Skeleton(
             pieces=tuple(map(tuple, ids)),
             strip_left=tuple(is_stripped(i, " " + mark) for i, mark in enumerate(marks)),
             strip_right=tuple(is_stripped(i, mark + " ") for i, mark in enumerate(marks)),
         )
+        return self._skeletons[roles]
 
     def _render(self, roles: tuple[str, ...], contents: Sequence[str]) -> str:
         messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
-        template = None if self.tokenizer.chat_template else PLAIN_TEMPLATE
+        options = {"tokenize": False, "add_generation_prompt": True, "date_string": TEMPLATE_DATE}
+        if not self.tokenizer.chat_template:
+            options["chat_template"] = PLAIN_TEMPLATE
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages,
-                    chat_template=template,
-                    tokenize=False,
-                    add_generation_prompt=True,
-                    date_string=TEMPLATE_DATE,
-                )
-            )
+            return str(self.tokenizer.apply_chat_template(messages, **options))
         except Exception as error:  # templates raise whatever they like, jinja2's own errors included
             raise UserError(
                 f"The chat template of {self.tokenizer.name_or_path!r} refuses messages of roles "
@@ -216,14 +206,13 @@ def critique_prompt(
     ending = "\n" + _SCORE_ONLY[style] if score_only else ""
     if style is PromptStyle.terse:
         # The reference stands next to the verdict: a tiny model learns to compare over short distances first.
-        given = f"\nReference {shown}" if shown else ""
-        return _user(f"{problem.question}\nResponse\n{response}{given}\nCheck{ending}")
+        against = f"\nReference {shown}" if shown else ""
+        return _user(f"{problem.question}\nResponse\n{response}{against}\nCheck{ending}")
     # Question and reference first: engines share them between the responses to one question.
     task = _CRITIQUE.format(against=" with the reference" if shown else "")
     parts = {"Problem": problem.question, f"Reference ({reference.value})": shown, "Response": response}
-    marked = "\n\n".join(
-        f"{name}:\n<<<\n{text}\n>>>" for name, text in parts.items() if text or name == "Response"
-    )
+    given = {name: text for name, text in parts.items() if text or name == "Response"}
+    marked = "\n\n".join(f"{name}:\n<<<\n{text}\n>>>" for name, text in given.items())
     return _user(task + marked + ending)
 
 
@@ -271,11 +260,8 @@ def judge_prompt(template: str, question: str, reference: str, answer: str, cate
     """What a judge is asked; the template's doubled braces are single ones, as in the published text."""
     listed = "".join(f"{i}. {name}: {what}\n" for i, (name, what) in enumerate(DIMENSIONS.items(), 1))
     parts = {"question": question, "reference": reference or "-", "answer": answer, "category": category}
-    parts = {f"{{{name}}}": text for name, text in parts.items()} | {
-        "{dimensions}": listed,
-        "{{": "{",
-        "}}": "}",
-    }
+    parts["dimensions"] = listed
+    parts = {f"{{{name}}}": text for name, text in parts.items()} | {"{{": "{", "}}": "}"}
     # in one pass: a `{reference}` in the answer is text
     return _user(re.sub("|".join(map(re.escape, parts)), lambda found: parts[found[0]], template))
 

@@ -5,7 +5,6 @@ those tables (ids, scores, hashes), never on these objects.
 """
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -94,22 +93,3 @@ class Prompt:
     """Chat messages that end with the user's turn. Contents are data: control tokens in them are text."""
 
     messages: tuple[Message, ...]
-
-
-@dataclass(frozen=True)
-class Example:
-    """One supervised text: the loss is on `response` and its EOS."""
-
-    prompt: Prompt
-    response: str
-    meta: Mapping[str, str] | None = None
-
-
-@dataclass(frozen=True)
-class Preference:
-    """One DPO example; ids refer to the responses table."""
-
-    pair_id: str
-    prompt: Prompt
-    chosen: str
-    rejected: str

@@ -13,7 +13,7 @@ from typing import Any
 
 import polars as pl
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from selfcritique.artifacts import TIMING, Artifact, write_json
 from selfcritique.config import RunConfig, key_part
@@ -29,11 +29,8 @@ def summarise(
     from selfcritique.evaluate import comparison_table  # numpy: a plan does without
 
     metrics = {name: artifact.metrics for name, artifact in done.items()}
-    tables = {
-        name: pl.read_parquet(done[f"eval_{name}"].path / "eval.parquet")
-        for name in graph.models
-        if f"eval_{name}" in done
-    }
+    evaluated = [name for name in graph.models if f"eval_{name}" in done]
+    tables = {name: pl.read_parquet(done[f"eval_{name}"].path / "eval.parquet") for name in evaluated}
     summary: dict[str, Any] = {
         "experiment": run.name,
         "seed": run.seed,
@@ -65,9 +62,8 @@ def summarise(
 
 
 def _model(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    by = metrics["by"]
-    rest = {k: v for k, v in metrics.items() if k != "by"}
-    return rest | {f"by_{group}": by[group] for group in by}
+    rest = {name: value for name, value in metrics.items() if name != "by"}
+    return rest | {f"by_{group}": found for group, found in metrics["by"].items()}
 
 
 def _flat(card: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,11 +77,6 @@ def _flat(card: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def lineage(done: Mapping[str, Artifact]) -> dict[str, dict[str, str]]:
-    """Stage of this run -> where its artifact stands in the store."""
-    return {name: {"stage": a.stage, "key": a.key, "digest": a.digest} for name, a in done.items()}
-
-
 def training_rows(name: str, artifact: Artifact) -> list[dict[str, Any]]:
     """The per-step rows a training stage wrote, with their times."""
     paths = artifact.path / "metrics.jsonl", artifact.path / TIMING
@@ -96,11 +87,10 @@ def training_rows(name: str, artifact: Artifact) -> list[dict[str, Any]]:
 
 
 def write(out: Path, summary: Mapping[str, Any], done: Mapping[str, Artifact]) -> None:
+    """summary.json, and lineage.json: stage of this run -> where its artifact stands in the store."""
+    lineage = {name: {"stage": a.stage, "key": a.key, "digest": a.digest} for name, a in done.items()}
     write_json(out / "summary.json", summary)
-    write_json(out / "lineage.json", lineage(done))
-
-
-# ---- tables in the terminal ----------------------------------------------------------------------------
+    write_json(out / "lineage.json", lineage)
 
 
 def _percent(interval: Mapping[str, Any] | None) -> str:
@@ -115,11 +105,10 @@ def _decimal(value: float | None) -> str:
 
 def show(summary: Mapping[str, Any], out: Path, console: Console) -> None:
     """The results: accuracies, comparisons, the critic, what was selected, what to change."""
-    models = Table(title=f"{summary['experiment']}, seed {summary['seed']}", title_justify="left")
     sampled: Mapping[str, Any] = next((m for m in summary["models"].values() if "critic_score" in m), {})
     extra = [name for name in sampled if "@" in name]
-    for column in ("model", "accuracy (95 % interval)", *extra):
-        models.add_column(column)
+    columns = ("model", "accuracy (95 % interval)", *extra)
+    models = _table(f"{summary['experiment']}, seed {summary['seed']}", *columns)
     for name, model in summary["models"].items():
         models.add_row(name, _percent(model["accuracy"]), *(_percent(model.get(metric)) for metric in extra))
     if summary["models"]:
@@ -156,35 +145,31 @@ def _figures(part: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _comparisons(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="Paired comparisons (Holm-adjusted)", title_justify="left")
-    for column in (
-        "comparison",
-        "points (95 % interval)",
-        "relative",
-        "p adjusted",
-        "detectable from",
-        "finding",
-    ):
-        table.add_column(column)
+    columns = ("comparison", "points (95 % interval)", "relative", "p adjusted", "detectable from", "finding")
+    table = _table("Paired comparisons (Holm-adjusted)", *columns)
     for row in rows:
         points = f"{100 * row['delta']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
         relative = "-" if row["relative"] is None else f"{100 * row['relative']:+.1f} %"
-        table.add_row(
-            f"{row['a']} − {row['b']}",
-            points,
-            relative,
-            f"{row['p_adjusted']:.2g}",
-            f"{100 * row['mde']:.1f}",
-            row["finding"],
-        )
+        p, detectable = f"{row['p_adjusted']:.2g}", f"{100 * row['mde']:.1f}"
+        table.add_row(f"{row['a']} − {row['b']}", points, relative, p, detectable, row["finding"])
     return table
+
+
+def _table(title: str, *columns: str, no_wrap: bool = False) -> Table:
+    headers = [Column(column, no_wrap=no_wrap) for column in columns]
+    return Table(*headers, title=title, title_justify="left")
+
+
+def _taking(missing: Sequence[PlanRow]) -> str:
+    seconds = sum(row.seconds or 0.0 for row in missing)
+    unknown = sum(row.seconds is None for row in missing)
+    never = f" and {unknown} never timed here" if unknown else ""
+    return f"about {duration(seconds)} by this store's past stages{never}"
 
 
 def show_plan(rows: list[PlanRow], console: Console) -> None:
     """What a run would do, stage by stage."""
-    table = Table(title="Plan: nothing is run", title_justify="left")
-    for column in ("stage", "key", "", "work", "disk", "time"):
-        table.add_column(column, no_wrap=True)
+    table = _table("Plan: nothing is run", "stage", "key", "", "work", "disk", "time", no_wrap=True)
     for row in rows:
         time = "?" if row.seconds is None else duration(row.seconds)
         disk = f"{row.bytes / 2**20:.1f} MiB" if row.hit else ""
@@ -192,13 +177,8 @@ def show_plan(rows: list[PlanRow], console: Console) -> None:
         table.add_row(row.name, row.key, state, row.work, disk, time if row.hit else f"~{time}")
     console.print(table)
     missing = [row for row in rows if not row.hit]
-    known = sum(row.seconds or 0.0 for row in missing)
-    unknown = sum(row.seconds is None for row in missing)
-    console.print(
-        f"{len(missing)} of {len(rows)} stages would run, about {duration(known)} by this store's past stages"
-        f"{f' and {unknown} never timed here' if unknown else ''}; "
-        f"{sum(row.bytes for row in rows) / 2**20:.1f} MiB stand."
-    )
+    stand = f"{sum(row.bytes for row in rows) / 2**20:.1f} MiB stand"
+    console.print(f"{len(missing)} of {len(rows)} stages would run, {_taking(missing)}; {stand}.")
 
 
 def show_sweep_plan(points: Sequence[Sequence[PlanRow]], console: Console) -> None:
@@ -207,9 +187,11 @@ def show_sweep_plan(points: Sequence[Sequence[PlanRow]], console: Console) -> No
     needing = Counter(row.name for rows in points for row in rows)
     for row in (row for rows in points for row in rows):
         stages.setdefault(row.name, {})[row.key] = row
-    table = Table(title=f"Plan of {len(points)} points: nothing is run", title_justify="left")
-    for column in ("stage", "points", "keys", "runs", "work", "time"):
-        table.add_column(column, no_wrap=True)
+    title, columns = (
+        f"Plan of {len(points)} points: nothing is run",
+        ("points", "keys", "runs", "work", "time"),
+    )
+    table = _table(title, "stage", *columns, no_wrap=True)
     once = {row.key: row for rows in stages.values() for row in rows.values()}
     for name, rows in stages.items():
         missing = [row for row in rows.values() if not row.hit]
@@ -221,9 +203,5 @@ def show_sweep_plan(points: Sequence[Sequence[PlanRow]], console: Console) -> No
     console.print(table)
     missing = [row for row in once.values() if not row.hit]
     alone = sum(not row.hit for rows in points for row in rows)
-    unknown = sum(row.seconds is None for row in missing)
-    console.print(
-        f"{len(missing)} of {len(once)} stages would run (each point by itself: {alone}), about "
-        f"{duration(sum(row.seconds or 0.0 for row in missing))} by this store's past stages"
-        f"{f' and {unknown} never timed here' if unknown else ''}."
-    )
+    counted = f"{len(missing)} of {len(once)} stages would run (each point by itself: {alone})"
+    console.print(f"{counted}, {_taking(missing)}.")

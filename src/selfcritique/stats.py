@@ -16,13 +16,16 @@ from numpy.typing import ArrayLike, NDArray
 Floats = NDArray[np.float64]
 
 _NORMAL = NormalDist()
+_LEVEL = 0.95  # of every interval
+_Z = _NORMAL.inv_cdf(0.5 + _LEVEL / 2)
+_POWER = 0.8  # of every minimum detectable effect
 _MAX_CELLS = 128  # up to so many distinct differences are resampled by their counts
 _CHUNK = 2_000_000  # indices drawn at once otherwise: 16 MB
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate from `n` observations with its 95 % interval (or the level asked for)."""
+    """An estimate from `n` observations with its 95 % interval."""
 
     value: float
     low: float
@@ -57,12 +60,11 @@ class Bin:
     accuracy: float  # share of positives
 
 
-def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
+def wilson(successes: int, n: int) -> Interval:
     """Wilson score interval of a proportion (Wilson 1927); NaN and [0, 1] where n is 0."""
     if n == 0:
         return Interval(math.nan, 0.0, 1.0, 0)
-    z = _NORMAL.inv_cdf(0.5 + level / 2)
-    share = successes / n
+    z, share = _Z, successes / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     # at 0 and n the bound is exactly 0 or 1, but not in floating point
@@ -71,13 +73,13 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
     return Interval(share, low, high, n)
 
 
-def mean_interval(values: ArrayLike, level: float = 0.95) -> Interval:
+def mean_interval(values: ArrayLike) -> Interval:
     """Mean of a sample: Wilson where every value is 0 or 1, else mean ± z standard errors."""
     x = np.asarray(values, dtype=np.float64)
     if np.isin(x, (0.0, 1.0)).all():
-        return wilson(int(x.sum()), x.size, level)
-    mean, z = float(x.mean()), _NORMAL.inv_cdf(0.5 + level / 2)
-    half = z * float(x.std(ddof=1)) / math.sqrt(x.size) if x.size > 1 else math.inf
+        return wilson(int(x.sum()), x.size)
+    mean = float(x.mean())
+    half = _Z * float(x.std(ddof=1)) / math.sqrt(x.size) if x.size > 1 else math.inf
     return Interval(mean, mean - half, mean + half, x.size)
 
 
@@ -97,12 +99,7 @@ def _resampled_sums(d: Floats, resamples: int, rng: np.random.Generator) -> Floa
 
 
 def paired_bootstrap(
-    a: ArrayLike,
-    b: ArrayLike,
-    seed: int,
-    resamples: int = 10_000,
-    strata: ArrayLike | None = None,
-    level: float = 0.95,
+    a: ArrayLike, b: ArrayLike, seed: int, resamples: int = 10_000, strata: ArrayLike | None = None
 ) -> Comparison:
     """Mean of a − b over paired examples, percentile interval and p-value from `resamples` bootstrap samples.
 
@@ -116,7 +113,7 @@ def paired_bootstrap(
     means = np.zeros(resamples)
     for group in np.unique(groups):
         means += _resampled_sums(d[groups == group], resamples, rng) / d.size
-    tail = (1 - level) / 2
+    tail = (1 - _LEVEL) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     tol = 1e-12  # sums of fractions that are 0 on paper
     smaller = min(int((means <= tol).sum()), int((means >= -tol).sum()))
@@ -177,16 +174,16 @@ def _critical_value(tail: float, seed_share: float, df: int) -> float:
 
 
 def minimum_detectable_effect(
-    error: float, seed_share: float = 0.0, df: int = 1, power: float = 0.8, alpha: float = 0.05
+    error: float, seed_share: float = 0.0, df: int = 1, alpha: float = 0.05
 ) -> float:
-    """Smallest true difference that a two-sided test at level `alpha` finds with probability `power`.
+    """Smallest true difference that a two-sided test at level `alpha` finds with probability 80 %.
 
     error, seed_share, df: as in `Comparison`. The distances of the critical value from 0 and of the power's
     quantile from the effect, both in standard errors, add up; with three seeds the power is 71 to 80 %,
     because the standard error is itself uncertain.
     """
     critical = _critical_value(alpha / 2, seed_share, df)
-    return (critical + _critical_value(1 - power, seed_share, df)) * error
+    return (critical + _critical_value(1 - _POWER, seed_share, df)) * error
 
 
 def _p_value(ratio: float, seed_share: float, df: int) -> float:
@@ -201,7 +198,7 @@ def _p_value(ratio: float, seed_share: float, df: int) -> float:
     return 2 * max(_t_upper_tail(math.exp(low), df), 1e-12)
 
 
-def seeds_interval(differences: ArrayLike, level: float = 0.95) -> Comparison:
+def seeds_interval(differences: ArrayLike) -> Comparison:
     """Mean difference over few training seeds, for the population of seeds *and* of test examples.
 
     differences: (seeds, n) paired differences of the same n examples under every seed, or (seeds,) one mean
@@ -231,7 +228,7 @@ def seeds_interval(differences: ArrayLike, level: float = 0.95) -> Comparison:
     if variance == 0.0:
         return Comparison(delta, delta, delta, 1.0 if delta == 0.0 else 0.0, 0.0)
     share, df, error = seed_variance / variance, max(1, k - 1), math.sqrt(variance)
-    half = _critical_value((1 - level) / 2, share, df) * error
+    half = _critical_value((1 - _LEVEL) / 2, share, df) * error
     p = _p_value(abs(delta) / error, share, df)
     return Comparison(delta, delta - half, delta + half, p, error, share, df)
 
@@ -279,8 +276,9 @@ def auroc(labels: ArrayLike, scores: ArrayLike) -> float:
     return (rank_sum - positives * (positives + 1) / 2) / (positives * negatives)
 
 
-def reliability(labels: ArrayLike, probabilities: ArrayLike, bins: int = 10) -> list[Bin]:
-    """Reliability curve over equal-width bins of predicted probability; empty bins are left out."""
+def reliability(labels: ArrayLike, probabilities: ArrayLike) -> list[Bin]:
+    """Reliability curve over ten equal bins of predicted probability; empty bins are left out."""
+    bins = 10
     y, p = np.asarray(labels, dtype=np.float64), np.asarray(probabilities, dtype=np.float64)
     index = np.minimum((p * bins).astype(np.int64), bins - 1)
     found = []

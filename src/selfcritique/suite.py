@@ -76,34 +76,28 @@ class Suite:
         self, name: EvalSet, label: str, problems: Artifact, model: Artifact, base: Artifact
     ) -> dict[str, Measured]:
         """Metric -> what `model` reaches on the set."""
-        make = partial(self.make, problems=problems, model=model)
+        make = partial(self.make, f"{name} {label}", problems=problems, model=model)
         about = pl.read_parquet(problems.path / "problems.parquet").select(
             "problem_id", source=pl.when(pl.col("family") == "").then("source").otherwise("family")
         )
         if name in sets.JUDGED:
-            answers = make(
-                f"{name} {label}", CONVERSE, set_stages.Converse(self.config.engine, self.config.max_tokens)
-            )
+            answers = make(CONVERSE, set_stages.Converse(self.config.engine, self.config.max_tokens))
             return self._judged(name, label, problems, answers, about)
         if name is EvalSet.mmlu:
-            made = make(f"{name} {label}", CHOOSE, set_stages.Choose(self.config.engine))
+            made = make(CHOOSE, set_stages.Choose(self.config.engine))
             rows = pl.read_parquet(made.path / "choices.parquet")
             return {"accuracy": _values(about, rows, pl.col("chosen") == pl.col("answer"), made.metrics)}
         if name is EvalSet.text:
             config = set_stages.Forgetting(self.config.window, self.config.engine.device)
             beside = {} if model is base else {"base": base}
-            made = make(f"{name} {label}", FORGETTING, config, **beside)
+            made = make(FORGETTING, config, **beside)
             rows = pl.read_parquet(made.path / "windows.parquet").select(
                 "nll", "kl", problem_id=pl.col("window").cast(pl.String), source=pl.lit("text")
             )
             columns = ["nll", "kl"] if beside else ["nll"]
             return {c: Measured(rows.select("problem_id", "source", value=c), made.metrics) for c in columns}
         greedy = SamplingConfig(n=1, temperature=0.0, max_tokens=self.config.max_tokens)
-        made = make(
-            f"{name} {label}",
-            SAMPLE,
-            Sample(Split.test, None, greedy, self.config.engine, self.config.prompts, 0),
-        )
+        made = make(SAMPLE, Sample(Split.test, None, greedy, self.config.engine, self.config.prompts, 0))
         rows = pl.read_parquet(made.path / "responses.parquet")
         return {"accuracy": _values(about, rows, pl.col("verdict") == "correct", made.metrics)}
 
@@ -206,9 +200,6 @@ def write(summary: Result, values: pl.DataFrame, out: Path) -> Path:
     return folder
 
 
-# ---- the table -----------------------------------------------------------------------------------------
-
-
 def markdown(summary: Mapping[str, Any]) -> str:
     """Values with their 95 % intervals and paired differences to the base: accuracies in % and points,
     scores as they are, losses as perplexity and their differences in nats per token."""
@@ -217,14 +208,9 @@ def markdown(summary: Mapping[str, Any]) -> str:
     rows = []
     for row in summary["results"]:
         c = against.get((row["set"], row["metric"], row["model"]))
-        cells = [
-            row["set"],
-            METRICS.get(row["metric"], (row["metric"],))[0],
-            row["model"],
-            _shown(row),
-            str(row["n"]),
-        ]
-        rows.append([*cells, str(row["failed"]), *(_difference(c) if c else ("", "", ""))])
+        metric = METRICS[row["metric"]][0] if row["metric"] in METRICS else row["metric"]
+        cells = [row["set"], metric, row["model"], _shown(row), str(row["n"]), str(row["failed"])]
+        rows.append([*cells, *(_difference(c) if c else ("", "", ""))])
     judged = [r for r in summary["results"] if r["set"] == EvalSet.mathusereval]
     return "\n".join([markdown_table(head, rows), *(["", *_leaderboard(judged)] if judged else [])])
 
@@ -248,12 +234,10 @@ def _difference(row: Mapping[str, Any]) -> tuple[str, str, str]:
     scale, digits = (100, 1) if row["metric"] == "accuracy" else (1, 4 if row["metric"] == "nll" else 2)
     shown = "{} [{}, {}]".format(*(f"{scale * row[k]:+.{digits}f}" for k in ("delta", "low", "high")))
     better = (row["delta"] > 0) != (row["metric"] == "nll")
-    said = f"indistinguishable (detectable: {scale * row['mde']:.{digits}f})"
-    return (
-        shown,
-        f"{row['p_adjusted']:.2g}",
-        said if row["p_adjusted"] >= 0.05 else "better" if better else "worse",
-    )
+    said = "better" if better else "worse"
+    if row["finding"] == "indistinguishable":
+        said = f"indistinguishable (detectable: {scale * row['mde']:.{digits}f})"
+    return shown, f"{row['p_adjusted']:.2g}", said
 
 
 def _leaderboard(judged: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -276,12 +260,7 @@ def _leaderboard(judged: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
     lines = [markdown_table(["MathUserEval", "scored by", *parts], cells)]
     for row in judged:
-        if agreement := row["details"].get("agreement"):
-            kappa, rho = (
-                "–" if agreement[k] is None else f"{agreement[k]:.2f}" for k in ("kappa", "spearman")
-            )
-            lines += [
-                "",
-                f"Judge and critic on {row['model']}: κ {kappa}, Spearman {rho}, n {agreement['n']}.",
-            ]
+        if found := row["details"].get("agreement"):
+            kappa, rho = ("–" if found[k] is None else f"{found[k]:.2f}" for k in ("kappa", "spearman"))
+            lines += ["", f"Judge and critic on {row['model']}: κ {kappa}, Spearman {rho}, n {found['n']}."]
     return lines

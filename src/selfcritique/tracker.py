@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import polars as pl
 
@@ -18,27 +18,19 @@ from selfcritique.config import Logger, RunConfig, key_part
 from selfcritique.records import content_id
 
 
-class Tracker(Protocol):
+class Tracker:
+    """Takes everything to nowhere."""
+
     def log(self, stage: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Per-step figures of one stage."""
-        ...
-
-    def finish(
-        self, summary: Mapping[str, Any], samples: pl.DataFrame | None, made: Mapping[str, Artifact]
-    ) -> None: ...
-
-
-class _Nothing:
-    def log(self, stage: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        return
 
     def finish(
         self, summary: Mapping[str, Any], samples: pl.DataFrame | None, made: Mapping[str, Artifact]
     ) -> None:
-        return
+        """The run is over."""
 
 
-class _Csv(_Nothing):
+class _Csv(Tracker):
     """metrics.csv: one line per figure, so that stages with other figures share a file."""
 
     def __init__(self, out: Path) -> None:
@@ -55,7 +47,7 @@ class _Csv(_Nothing):
                 writer.writerows((stage, row.get("step"), name, value) for name, value in figures)
 
 
-class _Wandb:
+class _Wandb(Tracker):
     """A W&B run, offline unless the user says otherwise (WANDB_MODE) or is logged in.
 
     Its id follows from the settings: the same command, run again after a kill, continues the same W&B run.
@@ -65,9 +57,8 @@ class _Wandb:
     def __init__(self, run: RunConfig, out: Path, point: str) -> None:
         import wandb
 
-        config = key_part(run)
+        self.wandb, config = wandb, key_part(run)
         mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
-        self.wandb = wandb
         self.run = wandb.init(
             project="selfcritique",
             id=content_id(json.dumps(config, sort_keys=True)),
@@ -90,9 +81,8 @@ class _Wandb:
     def finish(
         self, summary: Mapping[str, Any], samples: pl.DataFrame | None, made: Mapping[str, Artifact]
     ) -> None:
-        self.run.summary.update(
-            {k: summary[k] for k in ("models", "critic", "selection", "pairs") if k in summary}
-        )
+        shown = ("models", "critic", "selection", "pairs")
+        self.run.summary.update({name: summary[name] for name in shown if name in summary})
         if samples is not None:
             rows = [list(row) for row in samples.iter_rows()]
             self.run.log({"samples": self.wandb.Table(columns=list[str | int](samples.columns), data=rows)})
@@ -112,13 +102,11 @@ class Tracking:
     def __init__(self, run: RunConfig, out: Path, point: str = "") -> None:
         """point: of a sweep."""
         self.path = out / "metrics.jsonl"
-        self.tracker: Tracker = _Nothing()
-        makers: dict[Logger, Callable[[], Tracker]] = {
-            Logger.none: _Nothing,
-            Logger.csv: lambda: _Csv(out),
-            Logger.wandb: lambda: _Wandb(run, out, point),
-        }
-        self._try(lambda: setattr(self, "tracker", makers[run.logger]()))
+        self.tracker = Tracker()
+        if run.logger is Logger.csv:
+            self.tracker = _Csv(out)
+        elif run.logger is Logger.wandb:
+            self._try(lambda: setattr(self, "tracker", _Wandb(run, out, point)))
 
     def log(self, stage: str, rows: Sequence[Mapping[str, Any]]) -> None:
         with self.path.open("a") as lines:
@@ -130,14 +118,13 @@ class Tracking:
     ) -> None:
         self._try(lambda: self.tracker.finish(summary, samples, made))
 
-    def _try(self, action: Any) -> None:
+    def _try(self, action: Callable[[], None]) -> None:
         try:
             action()
         except Exception as error:
-            print(
-                f"WARNING: logging stopped, the run goes on: {type(error).__name__}: {error}", file=sys.stderr
-            )
-            self.tracker = _Nothing()
+            what = f"{type(error).__name__}: {error}"
+            print(f"WARNING: logging stopped, the run goes on: {what}", file=sys.stderr)
+            self.tracker = Tracker()
 
 
 def _is_number(value: object) -> bool:

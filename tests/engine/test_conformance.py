@@ -15,11 +15,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from scripted import ScriptedEngine
 from selfcritique.config import EngineConfig, ServerConfig
 from selfcritique.engine.base import BatchResult, Completion, Engine, SamplingParams
 from selfcritique.engine.hf import HfEngine
 from selfcritique.engine.openai import OpenAIEngine
-from selfcritique.engine.scripted import ScriptedEngine
 from selfcritique.engine.vllm import VllmEngine
 from selfcritique.errors import UserError
 from selfcritique.prompts import PromptEncoder

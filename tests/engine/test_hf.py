@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from scripted import EngineDied, ScriptedEngine
 from selfcritique.engine.base import SamplingParams, plan_batches
 from selfcritique.engine.hf import HfEngine, choose_tokens
-from selfcritique.engine.scripted import EngineDied, ScriptedEngine
 from selfcritique.errors import UserError
 from selfcritique.records import Message, Prompt
 

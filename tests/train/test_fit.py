@@ -452,7 +452,8 @@ def test_every_step_has_its_cost(llama_dir: Path, make_pairs: MakePairs, tmp_pat
     tokens = sum(row["tokens_per_s"] * row["seconds"] for row in timing)
     assert tokens == pytest.approx(report["tokens"]) and report["tokens"] == sum(p.tokens for p in pairs)
     assert report["tokens_per_s"] == pytest.approx(tokens / sum(row["seconds"] for row in timing))
-    assert 0 < report["matmul_fraction"] < 1 and report["peak_bytes"] == timing[-1]["peak_bytes"]
+    assert 0 < report["matmul_fraction"] < 1
+    assert report["peak_bytes"] == max(row["peak_bytes"] for row in timing)  # the system's count may wobble
 
 
 def test_a_model_that_mixes_branches_gets_them_apart(

@@ -92,11 +92,8 @@ def _mmlu(row: Row, number: int) -> Row | None:
 
 
 def _text(row: Row, number: int) -> Row | None:
-    return (
-        {"problem_id": str(number), "source": "text", "question": row["text"]}
-        if row["text"].strip()
-        else None
-    )
+    text = row["text"]
+    return {"problem_id": str(number), "source": "text", "question": text} if text.strip() else None
 
 
 class _Set(NamedTuple):
@@ -173,9 +170,8 @@ def load_set(
     if references:
         answers = {str(r["question_id"]): r["choices"][0]["turns"] for _, r in json_rows(Path(references))}
         rows = [{**row, "references": answers.get(row["problem_id"], row["references"])} for row in rows]
-    texts = Counter(
-        normalise(" ".join(r.get("turns") or [r["question"], *r.get("choices", [])])) for r in rows
-    )
+    asked = (row.get("turns") or [row["question"], *row.get("choices", [])] for row in rows)
+    texts = Counter(normalise(" ".join(parts)) for parts in asked)
     counts = {"rows": len(rows), "left_out": left_out, "repeated": sum(n - 1 for n in texts.values())}
     if limit and limit < len(rows):
         rows = [rows[i * len(rows) // limit] for i in range(limit)]

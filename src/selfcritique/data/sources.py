@@ -1,7 +1,7 @@
 """Where problems come from: generated, GSM8K, or any JSONL. Each source yields (training, test) streams."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ def streams(config: SourceConfig, seed: int) -> tuple[Iterator[Problem], Iterato
     """
     if config.source is Source.word_problems:
         return _generated(config, seed)
-    if config.path:
-        return _files(config)
-    return _hub(config)
+    if not config.path:
+        return _hub(config)
+    train, *test = (read_jsonl(path, config.source) for path in files(config))
+    return train, test[0] if test else iter(())
 
 
 def _generated(config: SourceConfig, seed: int) -> tuple[Iterator[Problem], Iterator[Problem]]:
@@ -44,13 +45,11 @@ def _generated(config: SourceConfig, seed: int) -> tuple[Iterator[Problem], Iter
     if faults:
         raise UserError("data.mix: " + ". ".join(faults) + ".")
 
-    def stream(stream_seed: int, chosen: tuple[str, ...]) -> Iterator[Problem]:
-        return word_problems.generate(
-            stream_seed, chosen, tuple(config.registers), tuple(config.steps), config.limit
-        )
-
-    held_out = tuple(config.test_families)
-    return stream(seed, families), stream(seed + 1_000_003, held_out) if held_out else iter(())
+    told = (tuple(config.registers), tuple(config.steps), config.limit)
+    train = word_problems.generate(seed, families, *told)
+    if not config.test_families:
+        return train, iter(())
+    return train, word_problems.generate(seed + 1_000_003, tuple(config.test_families), *told)
 
 
 def files(config: SourceConfig) -> list[Path]:
@@ -68,11 +67,6 @@ def files(config: SourceConfig) -> list[Path]:
     return found
 
 
-def _files(config: SourceConfig) -> tuple[Iterator[Problem], Iterator[Problem]]:
-    train, *test = (read_jsonl(path, config.source) for path in files(config))
-    return train, test[0] if test else iter(())
-
-
 def _hub(config: SourceConfig) -> tuple[Iterator[Problem], Iterator[Problem]]:
     from datasets import load_dataset
 
@@ -84,10 +78,11 @@ def _hub(config: SourceConfig) -> tuple[Iterator[Problem], Iterator[Problem]]:
             f"data.mix: {name} could not be loaded from the hub ({type(error).__name__}); "
             "give data.mix[].path, a folder with train.jsonl and test.jsonl."
         ) from error
-    return (
-        (problem_of(dict(row), config.source, f"{name} row {i}") for i, row in enumerate(rows))
-        for rows in (train, test)
-    )  # type: ignore[return-value]
+
+    def read(rows: Iterable[Any]) -> Iterator[Problem]:
+        return (problem_of(dict(row), config.source, f"{name} row {i}") for i, row in enumerate(rows))
+
+    return read(train), read(test)
 
 
 def read_jsonl(path: Path, source: Source) -> Iterator[Problem]:
@@ -104,19 +99,16 @@ def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                cause = getattr(error, "msg", "not UTF-8")
-                raise UserError(
-                    f"{path}:{number}: not valid JSON ({cause}); mend or delete the line."
-                ) from None
+                cause = f"not valid JSON ({getattr(error, 'msg', 'not UTF-8')})"
+                raise UserError(f"{path}:{number}: {cause}; mend or delete the line.") from None
             yield f"{path}:{number}", row
 
 
 def problem_of(row: object, source: Source, where: str) -> Problem:
     """A row of a problem file; `where` names it in errors."""
     if not isinstance(row, dict):
-        raise UserError(
-            f"{where}: expected an object with `question` and `reference`, found {type(row).__name__}."
-        )
+        found = type(row).__name__
+        raise UserError(f"{where}: expected an object with `question` and `reference`, found {found}.")
     if source is Source.gsm8k:
         row = {**row, "reference": row.get("answer"), "answer": None}
     if source is Source.math:

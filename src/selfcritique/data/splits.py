@@ -77,11 +77,7 @@ def _all(
 
 
 def _take(
-    stream: Iterator[Problem],
-    split: Split,
-    size: int,
-    seen: dict[str, str],
-    counts: dict[str, int],
+    stream: Iterator[Problem], split: Split, size: int, seen: dict[str, str], counts: dict[str, int]
 ) -> Iterator[dict[str, object]]:
     taken = repeats = 0
     while taken < size and repeats < MAX_REPEATS:
@@ -90,9 +86,8 @@ def _take(
             return
         text = normalise(problem.question)
         if text in seen:
-            counts[
-                "removed_from_training" if seen[text] == Split.test and split is not Split.test else "repeats"
-            ] += 1
+            tested = seen[text] == Split.test and split is not Split.test
+            counts["removed_from_training" if tested else "repeats"] += 1
             repeats += 1
             continue
         seen[text] = split.value

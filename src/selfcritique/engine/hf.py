@@ -44,11 +44,7 @@ class HfEngine(Closes):
     """
 
     def __init__(
-        self,
-        model_dir: Path | str,
-        max_batch_tokens: int,
-        dtype: str = "float32",
-        device: str = "cpu",
+        self, model_dir: Path | str, max_batch_tokens: int, dtype: str = "float32", device: str = "cpu"
     ) -> None:
         options: dict[str, Any] = {"trust_remote_code": has_code(Path(model_dir))}
         try:
@@ -108,17 +104,23 @@ class HfEngine(Closes):
             ids, rows, new_tokens, self.max_batch_tokens, max(1, self.max_rows // logits_per_row), salt
         )
 
+    def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """(prompts, width) ids with zeros on the left, and lengths."""
+        width = len(prompts[0])  # planned longest first
+        ids = [[0] * (width - len(p)) + list(p) for p in prompts]
+        return torch.tensor(ids, device=self.device), torch.tensor(
+            list(map(len, prompts)), device=self.device
+        )
+
     def _prefill(self, prompts: Sequence[Sequence[int]], repeats: int, new_tokens: int) -> "_Prefilled":
         """One pass over left-padded prompts; keys and values repeated for each prompt's samples."""
-        width = len(prompts[0])  # planned longest first
-        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=self.device)
-        lengths = torch.tensor([len(p) for p in prompts], device=self.device)
+        ids, lengths = self._padded(prompts)
+        width = ids.shape[1]
         slots = torch.arange(width + new_tokens, device=self.device)
         positions = slots - (width - lengths)[:, None]  # (prompts, width + new), negative at padding
         mask = positions >= 0 if bool((lengths < width).any()) else None
         n_layers = self.model.config.get_text_config().num_hidden_layers
-        layers = [_PreallocatedLayer(width + new_tokens, repeats) for _ in range(n_layers)]
-        cache = Cache(layers=list[Any](layers))
+        cache = Cache([_PreallocatedLayer(width + new_tokens, repeats) for _ in range(n_layers)])
         logits = self.model(
             input_ids=ids,
             attention_mask=None if mask is None else mask[:, :width],
@@ -129,7 +131,6 @@ class HfEngine(Closes):
         return _Prefilled(
             logits=logits.repeat_interleave(repeats, 0),
             cache=cache,
-            layers=layers,
             mask=None if mask is None else mask.repeat_interleave(repeats, 0),
             positions=positions.repeat_interleave(repeats, 0),
             width=width,
@@ -163,17 +164,14 @@ class HfEngine(Closes):
             if len(unfinished) < COMPACT_BELOW * len(rows):
                 rows, new = rows[unfinished], new[unfinished]
                 state.keep(unfinished)
-            self._step(state, new, state.width + step)
+            slot = state.width + step
+            state.logits = self.model(
+                input_ids=new[:, None],
+                attention_mask=None if state.mask is None else state.mask[:, : slot + 1],
+                position_ids=state.positions[:, slot : slot + 1],
+                past_key_values=state.cache,
+            ).logits[:, -1]
         return tokens, lengths
-
-    def _step(self, state: "_Prefilled", new: Tensor, slot: int) -> None:
-        """Feed one token per row and leave the next logits in `state`."""
-        state.logits = self.model(
-            input_ids=new[:, None],
-            attention_mask=None if state.mask is None else state.mask[:, : slot + 1],
-            position_ids=state.positions[:, slot : slot + 1],
-            past_key_values=state.cache,
-        ).logits[:, -1]
 
     def _completions(
         self, batch: PlannedBatch, params: SamplingParams, tokens: Tensor, lengths: Tensor
@@ -192,9 +190,8 @@ class HfEngine(Closes):
         Shared beginnings of candidates ("1", "10") are one token: each token sees the prompt and its own
         ancestors alone.
         """
-        width, new = len(prompts[0]), len(tree.tokens)  # planned longest first
-        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=self.device)
-        lengths = torch.tensor([len(p) for p in prompts], device=self.device)
+        ids, lengths = self._padded(prompts)
+        width, new = ids.shape[1], len(tree.tokens)
         slots = torch.arange(width, device=self.device) - (width - lengths)[:, None]  # negative at padding
         positions = torch.cat([slots.clamp_min(0), lengths[:, None] + tree.depths], dim=1)
         seen = torch.ones(width + new, width + new, dtype=torch.bool, device=self.device).tril()
@@ -240,7 +237,6 @@ class _Prefilled:
 
     logits: Tensor  # (rows, vocabulary) of the next token
     cache: Cache
-    layers: "list[_PreallocatedLayer]"  # the cache's
     mask: Tensor | None  # (rows, slots), False at padding; None where no prompt is padded
     positions: Tensor  # (rows, slots), counted from each prompt's first token
     width: int  # slots of the prompts
@@ -249,7 +245,8 @@ class _Prefilled:
         """Drop all other rows (their logits too: the next step replaces them)."""
         self.positions = self.positions[rows]
         self.mask = None if self.mask is None else self.mask[rows]
-        for layer in self.layers:
+        layers: list[Any] = self.cache.layers
+        for layer in layers:
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
 
 

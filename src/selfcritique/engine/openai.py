@@ -14,6 +14,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from math import exp
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,7 +47,7 @@ _CONTROL = re.compile(
 class _Request:
     path: str  # below the server's URL
     body: dict[str, Any]
-    slots: tuple[tuple[int, int], ...]  # (prompt, sample) that its reply answers
+    slots: Sequence[tuple[int, int]]  # (prompt, sample) that its reply answers
     batch_id: str
     key: str  # of the reply among those kept
 
@@ -115,31 +116,30 @@ class OpenAIEngine(Closes):
         targets = sorted({token for tail in tails for token in tail})
 
         def read(reply: Reply) -> tuple[float, ...]:
-            found = [
-                choice["logprobs"]["top_logprobs"][0]
-                for choice in sorted(reply["choices"], key=lambda choice: choice["index"])
-            ]
+            choices = sorted(reply["choices"], key=lambda choice: choice["index"])
+            found = [choice["logprobs"]["top_logprobs"][0] for choice in choices]
             if any(f"token_id:{token}" not in logps for logps in found for token in targets):
                 raise self._unscored("it knows no logprob_token_ids")
-            at = dict(zip(nodes, found, strict=True))
-            return tuple(
-                sum(at[tuple(tail[:i])][f"token_id:{token}"] for i, token in enumerate(tail))
-                for tail in tails
-            )
+            at = {
+                (*node, token): logps[f"token_id:{token}"]
+                for node, logps in zip(nodes, found, strict=True)
+                for token in targets
+            }
+            return tuple(sum(at[tuple(tail[: i + 1])] for i in range(len(tail))) for tail in tails)
 
+        asked = {
+            "model": self.model,
+            "max_tokens": 1,
+            "temperature": 0,
+            "logprobs": 1,
+            "logprob_token_ids": targets,
+            "return_tokens_as_token_ids": True,
+        }
         requests = []
         rows = self.encoder.prompt_ids_many(prompts)
         check_context(rows, len(given) + max(map(len, tails)), self.context)
         for i, ids in enumerate(rows):
-            body = {
-                "model": self.model,
-                "prompt": [[*ids, *given, *node] for node in nodes],
-                "max_tokens": 1,
-                "temperature": 0,
-                "logprobs": 1,
-                "logprob_token_ids": targets,
-                "return_tokens_as_token_ids": True,
-            }
+            body = asked | {"prompt": [[*ids, *given, *node] for node in nodes]}
             requests.append(self._request("/completions", body, [(i, 0)]))
         for request, logps in self._replies(requests, done, read):
             missing = max(0.0, 1.0 - sum(map(exp, logps)))
@@ -169,21 +169,14 @@ class OpenAIEngine(Closes):
         given = {name: value for name, value in {**body, **self.server.body}.items() if value is not None}
         text = json.dumps(given, sort_keys=True)
         sample = body.get("seed")  # tells samples apart even where `server.body` takes the seed out
-        return _Request(
-            path,
-            given,
-            tuple(slots),
-            content_id("request", path, text, sample, slots),
-            content_id(self.server.url, path, text, sample),
-        )
+        batch_id = content_id("request", path, text, sample, slots)
+        return _Request(path, given, slots, batch_id, content_id(self.server.url, path, text, sample))
 
     def _unscored(self, why: str) -> UserError:
         return UserError(
             f"{self.server.url} cannot score given continuations ({why}): have the critic write critiques "
             "(critic.ask.mode=generate), use engine=hf, or serve the model by vLLM."
         )
-
-    # ---- asking --------------------------------------------------------------------------------------------
 
     def _replies(
         self, requests: Iterable[_Request], done: Container[str], read: Callable[[Reply], T]
@@ -214,14 +207,12 @@ class OpenAIEngine(Closes):
         with asyncio.Runner() as runner:
             try:
                 while True:
-                    while failure is None and len(flying) < self.server.concurrency:
-                        request = next(queue, None)
-                        if request is None:
-                            break
-                        flying.add(runner.get_loop().create_task(self._ask(client, request, read)))
+                    room = 0 if failure else self.server.concurrency - len(flying)
+                    asked = (self._ask(client, request, read) for request in islice(queue, room))
+                    flying |= set(map(runner.get_loop().create_task, asked))
                     if not flying:
                         break
-                    landed, flying = runner.run(_first(flying))
+                    landed, flying = runner.run(asyncio.wait(flying, return_when=asyncio.FIRST_COMPLETED))
                     for task in landed:
                         failure = failure or task.exception()
                         if task.exception() is None:
@@ -236,8 +227,8 @@ class OpenAIEngine(Closes):
             from openai import AsyncOpenAI
         except ImportError as error:
             raise UserError("Asking a server needs the openai package: pip install openai.") from error
-        s = self.server
-        return AsyncOpenAI(base_url=s.url, api_key=self.key or "none", timeout=s.timeout_s, max_retries=0)
+        url, wait_s = self.server.url, self.server.timeout_s
+        return AsyncOpenAI(base_url=url, api_key=self.key or "none", timeout=wait_s, max_retries=0)
 
     async def _ask(self, client: Any, request: _Request, read: Callable[[Reply], T]) -> tuple[_Request, T]:
         from openai import OpenAIError
@@ -273,13 +264,13 @@ class OpenAIEngine(Closes):
     def _explained(self, error: Exception, request: _Request, attempts: int) -> UserError:
         from openai import APIConnectionError, APIStatusError, APITimeoutError
 
-        s, said = self.server, str(error)
+        s, said, status = self.server, str(error), 0
         if isinstance(error, APIStatusError):
-            said = f"{error.status_code}: {error.response.text.strip()[:300]}"
+            status = error.status_code
+            said = f"{status}: {error.response.text.strip()[:300]}"
         elif isinstance(error, APIConnectionError):
             said = str(error.__cause__ or error)
         said = said.replace(self.key, "[key]") if self.key else said
-        status = error.status_code if isinstance(error, APIStatusError) else 0
         refused = 400 <= status < 500 and status not in _PASSING
         if status in (401, 403):
             state = "the key in it is refused" if self.key else "it is not set"
@@ -299,13 +290,9 @@ class OpenAIEngine(Closes):
         return UserError(f"The server {s.url} {why}. It said: {said}. What it answered is kept for a rerun.")
 
     def _count(self, reply: Reply) -> None:
-        usage = {name: reply["usage"][name] for name in ("prompt_tokens", "completion_tokens")}
-        for name, n in {"requests": 1, **usage}.items():
-            self.counts[name] += n
-
-
-async def _first(tasks: set[asyncio.Task[T]]) -> tuple[set[asyncio.Task[T]], set[asyncio.Task[T]]]:
-    return await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        self.counts["requests"] += 1
+        for name in ("prompt_tokens", "completion_tokens"):
+            self.counts[name] += reply["usage"][name]
 
 
 def _tokenizer(checkpoint: Path) -> tuple[PromptEncoder, int | None]:

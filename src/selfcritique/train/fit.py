@@ -94,11 +94,8 @@ def fit_sft(
     progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:
     """Train on `examples`; returns steps, tokens, speed, final loss and what was dropped."""
-    if trainer.processes > 1 and not is_torchelastic_launched():
-        arguments = (train, trainer, model_dir, examples, out, seed)
-        report = in_processes("fit_sft", arguments, trainer.processes, out / "scratch", progress)
-        _write_rows(out)
-        return report
+    if _needs_processes(trainer):
+        return _apart("fit_sft", (train, trainer, model_dir, examples, out, seed), trainer, out, progress)
     kept = [i for i, example in enumerate(examples) if example.length <= trainer.max_length]
     if not kept:
         raise UserError(
@@ -134,11 +131,9 @@ def fit_dpo(
     progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:
     """Train on `pairs` with the merged loss against precomputed reference log-probs."""
-    if trainer.processes > 1 and not is_torchelastic_launched():
+    if _needs_processes(trainer):
         arguments = (train, loss, trainer, model_dir, pairs, reference, out, seed)
-        report = in_processes("fit_dpo", arguments, trainer.processes, out / "scratch", progress)
-        _write_rows(out)
-        return report
+        return _apart("fit_dpo", arguments, trainer, out, progress)
     kept = [i for i, pair in enumerate(pairs) if pair.length <= trainer.max_length]
     if not kept:
         raise UserError(
@@ -165,6 +160,19 @@ def fit_dpo(
     return report | {"dropped": len(pairs) - len(kept)}
 
 
+def _needs_processes(trainer: TrainerConfig) -> bool:
+    return trainer.processes > 1 and not is_torchelastic_launched()
+
+
+def _apart(
+    function: str, arguments: tuple[Any, ...], trainer: TrainerConfig, out: Path, progress: Progress
+) -> dict[str, Any]:
+    """A fit in processes of its own, each of which calls the function again."""
+    report = in_processes(function, arguments, trainer.processes, out / "scratch", progress)
+    _write_rows(out)
+    return report
+
+
 def _pair_batch(pairs: Sequence[TokenPair], layout: Layout, examples: Sequence[int] = ()) -> TokenBatch:
     return collate([(p.prompt_ids, p.chosen_ids, p.rejected_ids) for p in pairs], 0, layout, examples)
 
@@ -174,9 +182,6 @@ def _row_lengths(pairs: Sequence[TokenPair], layout: Layout) -> tuple[list[int],
     if layout is Layout.shared:
         return [pair.shared for pair in pairs], 1
     return [pair.length for pair in pairs], 2
-
-
-# ---- the reference -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -238,14 +243,13 @@ def _layout(trainer: TrainerConfig, model: Any, pairs: Sequence[TokenPair]) -> L
     longest = [max(fitting, key=lambda pair: pair.length)]
     rtol, atol = _SAME[trainer.precision]
     apart = torch.cat(list(_frozen_logps(trainer, model, Layout.padded, longest)))
+    reason = ""
     try:
         shared = torch.cat(list(_frozen_logps(trainer, model, Layout.shared, longest)))
+        if torch.allclose(shared, apart, rtol=rtol, atol=atol):
+            return Layout.shared
     except (TypeError, ValueError, RuntimeError) as error:
-        shared, reason = torch.full_like(apart, math.nan), f" ({error})"
-    else:
-        reason = ""
-    if torch.allclose(shared, apart, rtol=rtol, atol=atol):
-        return Layout.shared
+        reason = f" ({error})"
     log.warning("this model cannot score two responses after one prompt%s: layout=padded is used", reason)
     return Layout.padded
 
@@ -273,10 +277,10 @@ def _check_reference(
 
     Returns how this model can take the pairs.
     """
-    fits = [pair.length <= trainer.max_length for pair in pairs]
-    lengths = [[len(p.chosen_ids) * fit for p, fit in zip(pairs, fits, strict=True)],
-               [len(p.rejected_ids) * fit for p, fit in zip(pairs, fits, strict=True)]]  # fmt: skip
-    if reference.lengths.tolist() != lengths:
+    lengths = [
+        [len(p.chosen_ids), len(p.rejected_ids)] if p.length <= trainer.max_length else [0, 0] for p in pairs
+    ]
+    if reference.lengths.T.tolist() != lengths:
         raise UserError(
             f"The reference log-probs ({len(reference.sums[0])} pairs) are not those of these {len(pairs)} "
             "pairs: numbers or lengths of responses differ. They belong to other data; compute them again."
@@ -293,9 +297,6 @@ def _check_reference(
             f"{worst:.3g} nats. The reference file belongs to another model, tokenizer or data; delete it."
         )
     return layout
-
-
-# ---- the loop ------------------------------------------------------------------------------------------
 
 
 def _rank(trainer: TrainerConfig) -> tuple[int, int]:
@@ -391,12 +392,8 @@ def _write_rows(out: Path) -> None:
     """The files of rows, from what each process noted of its steps."""
     scratch = out / "scratch"
     steps = [[json.loads(line) for line in file.open()] for file in sorted(scratch.glob("steps*.jsonl"))]
-    each = [
-        polars.DataFrame({"step": step["row"]["step"], **step["examples"]})
-        for process in steps
-        for step in process
-        if step["examples"]
-    ]
+    noted = [step for process in steps for step in process if step["examples"]]
+    each = [polars.DataFrame({"step": step["row"]["step"], **step["examples"]}) for step in noted]
     with full_disk_is_user_error(out):
         for name, part in (("metrics.jsonl", "row"), (TIMING, "timing")):
             (out / name).write_text("".join(json.dumps(step[part]) + "\n" for step in steps[0]))
@@ -421,10 +418,13 @@ def _lightning(trainer: TrainerConfig, state: "_State") -> pl.Trainer:
     """A Trainer that only trains: progress, figures and checkpoints are ours."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
+    strategy: Any = "ddp" if trainer.strategy is Strategy.ddp else "auto"
+    if trainer.strategy is Strategy.fsdp:
+        strategy = ModelParallelStrategy(data_parallel_size=trainer.processes, tensor_parallel_size=1)
     return pl.Trainer(
         accelerator=trainer.accelerator.value,
         devices=trainer.processes,
-        strategy=_strategy(trainer),
+        strategy=strategy,
         precision=_LIGHTNING[trainer.precision],  # type: ignore[arg-type]
         max_epochs=1,
         callbacks=[state],
@@ -435,12 +435,6 @@ def _lightning(trainer: TrainerConfig, state: "_State") -> pl.Trainer:
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
     )
-
-
-def _strategy(trainer: TrainerConfig) -> Any:
-    if trainer.strategy is Strategy.fsdp:
-        return ModelParallelStrategy(data_parallel_size=trainer.processes, tensor_parallel_size=1)
-    return "ddp" if trainer.strategy is Strategy.ddp else "auto"
 
 
 class _State(pl.Callback):
