@@ -6,7 +6,6 @@ when the results of the last one are taken. One that dies is started again and g
 nothing has been seen before.
 """
 
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -14,6 +13,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from selfcritique.cluster import start_ray
 from selfcritique.config import EngineConfig
 from selfcritique.engine.base import PlannedBatch, SamplingParams
 from selfcritique.engine.local import CheckpointEngine, Tails, open_local
@@ -22,70 +22,51 @@ from selfcritique.errors import UserError
 RESTARTS = 3  # of a replica, before its death is reported
 
 
-def start_ray(**options: Any) -> Any:
-    """The package, connected to the cluster that RAY_ADDRESS names, or to one of this process."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-    except ImportError:
-        raise UserError("Ray is not installed: run `pip install ray==2.60.0`, or do without it.") from None
-    if not ray.is_initialized():
-        try:
-            ray.init(include_dashboard=False, logging_level=logging.WARNING, **options)
-        except ConnectionError as error:
-            raise UserError(f"No Ray cluster at RAY_ADDRESS: {error}") from None
-    return ray
-
-
 class RayEngine(CheckpointEngine):
     """As the engine of `config.kind`, by `config.ray`; every node sees the checkpoint under the same path."""
 
     def __init__(self, model_dir: Path, config: EngineConfig, logs: Path) -> None:
         assert config.ray is not None
-        self.ray, self.config, self.settings = start_ray(log_to_driver=False), config, config.ray
-        self.model_dir, self.logs = model_dir.resolve(), logs.resolve()
+        self.settings = config.ray
         self.local = open_local(model_dir, config, logs)  # which plans, and never works
-        self.encoder, self.context, self.plan = self.local.encoder, self.local.context, self.local.plan
-        self._check_room()
+        self.encoder, self.context = self.local.encoder, self.local.context
+        self.how = model_dir.resolve(), config, logs.resolve()
 
-    def _check_room(self) -> None:
-        """Raise if the replicas would wait for ever."""
-        wanted = {"CPU": self.settings.cpus, "GPU": self.settings.gpus}
-        nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
-        room = sum(min(int(n.get(name, 0) / k) for name, k in wanted.items() if k) for n in nodes)
-        if room < self.settings.replicas:
-            raise UserError(
-                f"The Ray cluster's {len(nodes)} nodes have room for {room} replicas of {wanted}, not for "
-                f"{self.settings.replicas}: lower engine.ray.replicas, cpus or gpus, or set RAY_ADDRESS."
-            )
+    def plan(
+        self, ids: Sequence[Sequence[int]], rows: int, new_tokens: int, logits: int, salt: str
+    ) -> list[PlannedBatch]:
+        return self.local.plan(ids, rows, new_tokens, logits, salt)
 
     @cached_property
     def replicas(self) -> list[Any]:
-        s = self.settings
-        actor = self.ray.remote(
-            num_cpus=s.cpus,
-            num_gpus=s.gpus,
-            max_restarts=RESTARTS,
-            max_task_retries=RESTARTS,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(s.cpus)}},
-        )(_Replica)
-        return [
-            actor.remote(self.model_dir, self.config, self.logs / f"replica_{i}") for i in range(s.replicas)
-        ]
+        ray, s = start_ray(log_to_driver=False), self.settings
+        wanted = {"CPU": s.cpus, "GPU": s.gpus}
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        room = sum(min(int(n.get(name, 0) / k) for name, k in wanted.items() if k) for n in nodes)
+        if room < s.replicas:  # which would wait for ever
+            raise UserError(
+                f"The Ray cluster ({len(nodes)} nodes) has room for {room} replicas of {wanted}, not for "
+                f"{s.replicas}: lower engine.ray.replicas, cpus or gpus, or set RAY_ADDRESS to a larger one."
+            )
+        restarts = {"max_restarts": RESTARTS, "max_task_retries": RESTARTS}
+        actor = ray.remote(num_cpus=s.cpus, num_gpus=s.gpus, **restarts)(_Replica)
+        return [actor.remote(s.cpus, i, *self.how) for i in range(s.replicas)]
 
     def work(self, batches: Sequence[PlannedBatch], task: SamplingParams | Tails) -> Iterator[Any]:
+        replicas = self.replicas
+        from ray.exceptions import RayActorError, RayTaskError
         from ray.util import ActorPool
 
-        waves = ceil(len(batches) / (len(self.replicas) * self.local.shard))
-        size = ceil(len(batches) / (len(self.replicas) * waves))
+        waves = ceil(len(batches) / (len(replicas) * self.local.shard))
+        size = ceil(len(batches) / (len(replicas) * waves))
         shards = [batches[i : i + size] for i in range(0, len(batches), size)]
-        pool = ActorPool(self.replicas)
+        pool = ActorPool(replicas)
         try:
             for results in pool.map_unordered(lambda r, shard: r.work.remote(shard, task), shards):
                 yield from results
-        except self.ray.exceptions.RayTaskError as error:
+        except RayTaskError as error:
             raise error.cause from error
-        except self.ray.exceptions.RayActorError as error:
+        except RayActorError as error:
             raise UserError(
                 f"A replica died more than {RESTARTS} times. The same command goes on from what is done. If "
                 "memory was short, lower engine.max_batch_tokens or engine.ray.replicas. "
@@ -94,14 +75,18 @@ class RayEngine(CheckpointEngine):
 
     def close(self) -> None:
         for replica in vars(self).pop("replicas", []):
-            self.ray.kill(replica)
+            start_ray().kill(replica)
 
 
 class _Replica:
     """In a worker of Ray; the engine opens with the first shard, whose error it then is if it cannot."""
 
-    def __init__(self, *how: Any) -> None:
-        self.how = how
+    def __init__(self, cpus: int, number: int, model_dir: Path, config: EngineConfig, logs: Path) -> None:
+        import torch
+
+        torch.set_num_threads(cpus)
+        os.environ["OMP_NUM_THREADS"] = str(cpus)  # of vLLM's process
+        self.how = model_dir, config, logs / f"replica_{number}"
 
     @cached_property
     def engine(self) -> CheckpointEngine:
