@@ -32,6 +32,7 @@ PLANNED = {
     "trainer=gpu",
     "engine=openai",
     "engine=vllm",
+    "engine=ray_vllm",
     "hydra/launcher=slurm_gpu",
     "experiment=lambda_beta",
 }

@@ -1,6 +1,5 @@
 """What Hydra looks for here by name: the sweeper of `conf/config.yaml` and `hydra/launcher=ray`."""
 
-import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -31,10 +30,9 @@ class RayLauncher(BasicLauncher):
         self.resources: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus, "max_retries": 0}
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
-        import ray
+        from selfcritique.cluster import start_ray
 
-        if not ray.is_initialized():
-            ray.init(include_dashboard=False, logging_level=logging.WARNING)
+        ray = start_ray()
         task = ray.remote(**self.resources)(_ray_job)
         place = self, Singleton.get_state(), os.getcwd()
         started = [task.remote(*place, list(words), initial_job_idx + i)

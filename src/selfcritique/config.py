@@ -336,6 +336,23 @@ class ServerConfig:
 
 
 @dataclass
+class RayConfig:
+    """Replicas of an engine (hf or vllm) on the cluster that RAY_ADDRESS names, or on this machine."""
+
+    replicas: int = 2
+    cpus: int = 1  # of each replica, and its threads
+    gpus: float = 0.0  # of each replica; 0.5: two share one
+
+    def __post_init__(self) -> None:
+        check(
+            self,
+            replicas=self.replicas < 1 and "at least 1",
+            cpus=self.cpus < 1 and "at least 1",
+            gpus=self.gpus < 0 and "at least 0",
+        )
+
+
+@dataclass
 class EngineConfig:
     kind: EngineKind = EngineKind.hf
     max_batch_tokens: int = (
@@ -348,12 +365,14 @@ class EngineConfig:
     kv_cache_gb: float = _how(1.0)  # vllm on a CPU: keys and values
     gpu_memory_utilization: float = _how(0.9)  # vllm on GPUs: share for weights, keys and values
     tensor_parallel_size: int = _how(1)  # vllm: GPUs that share a model
+    ray: RayConfig | None = _how(None)  # hf and vllm: replicas that share the work; null: one, here
 
     def __post_init__(self) -> None:
         check(
             self,
             max_batch_tokens=self.max_batch_tokens < 1 and "at least 1",
             server=self.kind is EngineKind.openai and self.server is None and "given (kind=openai)",
+            ray=self.kind is EngineKind.openai and self.ray is not None and "null (kind=openai)",
             max_model_len=self.max_model_len < 0 and "at least 0 (0: the model's context)",
             kv_cache_gb=self.kv_cache_gb <= 0 and "above 0",
             gpu_memory_utilization=not 0 < self.gpu_memory_utilization <= 1 and "above 0 and at most 1",

@@ -459,16 +459,16 @@ def open_engine(config: EngineConfig, model: Path | None, out: Path) -> Iterator
 
         assert config.server is not None
         opened = OpenAIEngine(config.server, plain)
-    elif config.kind is EngineKind.vllm:
-        from selfcritique.engine.vllm import VllmEngine
+    elif config.ray is not None:
+        from selfcritique.engine.ray import RayEngine
 
         assert plain is not None
-        opened = VllmEngine(plain, config, out / "scratch" / "vllm.log")
+        opened = RayEngine(plain, config, out / "scratch")
     else:
-        from selfcritique.engine.hf import HfEngine
+        from selfcritique.engine.local import open_local
 
         assert plain is not None
-        opened = HfEngine(plain, config.max_batch_tokens, config.dtype, config.device)
+        opened = open_local(plain, config, out / "scratch")
     with opened as engine:
         yield engine
 

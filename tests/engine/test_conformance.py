@@ -16,10 +16,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from scripted import ScriptedEngine
-from selfcritique.config import EngineConfig, ServerConfig
+from selfcritique.config import EngineConfig, EngineKind, RayConfig, ServerConfig
 from selfcritique.engine.base import BatchResult, Completion, Engine, SamplingParams
 from selfcritique.engine.hf import HfEngine
 from selfcritique.engine.openai import OpenAIEngine
+from selfcritique.engine.ray import RayEngine
 from selfcritique.engine.vllm import VllmEngine
 from selfcritique.errors import UserError
 from selfcritique.prompts import PromptEncoder
@@ -40,14 +41,30 @@ def open_openai(path: Path) -> Iterator[OpenAIEngine]:
         yield OpenAIEngine(ServerConfig(url, cache=""), path)
 
 
+@contextmanager
+def open_ray(path: Path, config: EngineConfig) -> Iterator[RayEngine]:
+    ray = pytest.importorskip("ray")
+    with RayEngine(path, config, path.parent) as engine:
+        yield engine
+    ray.shutdown()
+
+
+def open_ray_vllm(path: Path) -> AbstractContextManager[RayEngine]:
+    pytest.importorskip("vllm")
+    one = RayConfig(replicas=1)
+    return open_ray(path, EngineConfig(EngineKind.vllm, max_batch_tokens=512, kv_cache_gb=0.1, ray=one))
+
+
 ENGINES: dict[str, Callable[[Path], AbstractContextManager[Engine]]] = {
     "hf": lambda path: HfEngine(path, max_batch_tokens=200),
     "vllm": open_vllm,
     "openai": open_openai,
+    "ray": lambda path: open_ray(path, EngineConfig(max_batch_tokens=200, ray=RayConfig(replicas=2))),
+    "ray_vllm": open_ray_vllm,
     "scripted": lambda path: ScriptedEngine(lambda p, s: f"{p.messages[-1].content} {s} " + "x " * 5 * s),
 }
 MODELS = [name for name in ENGINES if name != "scripted"]
-SEEDED = ["hf", "scripted"]  # a batch sampled again has the same texts
+SEEDED = ["hf", "ray", "scripted"]  # a batch sampled again has the same texts
 GREEDY = SamplingParams(n=1, temperature=0, max_tokens=8, seed=0)
 SAMPLED = SamplingParams(n=3, temperature=1.0, max_tokens=8, seed=0)
 SCORES = [str(score) for score in range(1, 11)]  # "10" is two tokens

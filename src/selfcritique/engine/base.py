@@ -123,6 +123,7 @@ class Closes:
 class PlannedBatch:
     batch_id: str
     indices: tuple[int, ...]  # of prompts, longest first
+    prompts: tuple[Sequence[int], ...]  # their token ids
 
     @property
     def seed(self) -> int:
@@ -147,7 +148,8 @@ def plan_batches(
         size = max(1, min(max_tokens // (rows * width), max_rows // rows))
         indices = tuple(order[start : start + size])
         contents = [(i, *prompt_ids[i]) for i in indices]
-        batches.append(PlannedBatch(content_id("batch", salt, contents), indices))
+        batch_id = content_id("batch", salt, contents)
+        batches.append(PlannedBatch(batch_id, indices, tuple(prompt_ids[i] for i in indices)))
         start += size
     return batches
 

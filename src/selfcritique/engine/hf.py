@@ -5,40 +5,36 @@ step, drops finished rows, and writes keys and values into memory set aside befo
 its random numbers at once from its own seed, so a batch redone gives the same texts.
 """
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import exp
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from selfcritique.checkpoints import has_code
 from selfcritique.engine.base import (
     BatchResult,
-    Closes,
     Completion,
     ContinuationScores,
     PlannedBatch,
     SamplingParams,
     ScoreBatch,
-    check_context,
-    end_ids,
     plan_batches,
 )
+from selfcritique.engine.local import CheckpointEngine, Tails
 from selfcritique.errors import UserError
-from selfcritique.prompts import PromptEncoder
-from selfcritique.records import Prompt
 
 LOGITS_PER_BATCH = 2**26  # floats; 256 MB bound the rows where the vocabulary is large
 COMPACT_BELOW = 0.8  # share of unfinished rows at which finished ones are dropped
 
 
-class HfEngine(Closes):
-    """A checkpoint directory (or hub name) with its tokenizer, ready to sample.
+class HfEngine(CheckpointEngine):
+    """A checkpoint in this process.
 
     `max_batch_tokens` bounds rows x (prompt + new tokens) and so the memory of keys and values.
     """
@@ -46,63 +42,52 @@ class HfEngine(Closes):
     def __init__(
         self, model_dir: Path | str, max_batch_tokens: int, dtype: str = "float32", device: str = "cpu"
     ) -> None:
-        options: dict[str, Any] = {"trust_remote_code": has_code(Path(model_dir))}
+        super().__init__(model_dir)
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.max_batch_tokens = max_batch_tokens
+        self.max_rows = max(1, LOGITS_PER_BATCH // self.text_config.vocab_size)
+        self.eos_ids = torch.tensor(self.end_ids, device=device)
+
+    @cached_property
+    def model(self) -> Any:
         try:
-            self.encoder = PromptEncoder(AutoTokenizer.from_pretrained(model_dir, **options))
             model: Any = AutoModelForCausalLM.from_pretrained(
-                model_dir, dtype=dtype, use_safetensors=True, attn_implementation="sdpa", **options
+                self.model_dir,
+                dtype=self.dtype,
+                use_safetensors=True,
+                attn_implementation="sdpa",
+                **self.options,
             )
         except OSError as error:
             raise UserError(
-                f"No usable checkpoint (config, tokenizer, safetensors) at {str(model_dir)!r}: {error}"
+                f"No usable checkpoint (safetensors) at {str(self.model_dir)!r}: {error}"
             ) from error
-        self.model: Any = model.to(device).eval()
-        self.device = torch.device(device)
-        self.max_batch_tokens = max_batch_tokens
-        self.max_rows = max(1, LOGITS_PER_BATCH // self.model.config.get_text_config().vocab_size)
-        self.eos_ids = torch.tensor(end_ids(self.model.generation_config, self.encoder), device=device)
+        return model.to(self.device).eval()
 
     def close(self) -> None:
-        self.model = None
+        vars(self).pop("model", None)
 
-    def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams, done: Container[str] = frozenset()
-    ) -> Iterator[BatchResult]:
-        ids = self.encoder.prompt_ids_many(prompts)
-        for batch in self._plan(ids, params.n, params.max_tokens, 1, f"generate {params}"):
-            if batch.batch_id not in done:
-                with torch.inference_mode():
-                    tokens, lengths = self._sample([ids[i] for i in batch.indices], params, batch.seed)
-                yield BatchResult(batch.batch_id, self._completions(batch, params, tokens, lengths))
-
-    def continuation_logprobs(
-        self,
-        prompts: Sequence[Prompt],
-        candidates: Sequence[str],
-        prefix: str = "",
-        done: Container[str] = frozenset(),
-    ) -> Iterator[ScoreBatch]:
-        if len(set(candidates)) < len(candidates):
-            raise ValueError(f"Candidates repeat: {candidates}")
-        given, tails = self.encoder.candidate_ids(prefix, candidates)
-        tree = _Tree.build(tails, self.device)
-        ids = [prompt + given for prompt in self.encoder.prompt_ids_many(prompts)]
-        for batch in self._plan(ids, 1, len(tree.tokens), len(tree.tokens) + 1, f"score {tails}"):
-            if batch.batch_id not in done:
-                with torch.inference_mode():
-                    logps = self._score([ids[i] for i in batch.indices], tree).tolist()
-                    missing = [max(0.0, 1.0 - sum(map(exp, row))) for row in logps]
-                scores = map(ContinuationScores, batch.indices, map(tuple, logps), missing)
-                yield ScoreBatch(batch.batch_id, list(scores))
-
-    def _plan(
-        self, ids: Sequence[Sequence[int]], rows: int, new_tokens: int, logits_per_row: int, salt: str
+    def plan(
+        self, ids: Sequence[Sequence[int]], rows: int, new_tokens: int, logits: int, salt: str
     ) -> list[PlannedBatch]:
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        check_context(ids, new_tokens, limit)
-        return plan_batches(
-            ids, rows, new_tokens, self.max_batch_tokens, max(1, self.max_rows // logits_per_row), salt
-        )
+        max_rows = max(1, self.max_rows // logits)
+        return plan_batches(ids, rows, new_tokens, self.max_batch_tokens, max_rows, salt)
+
+    def sampled(self, batches: Sequence[PlannedBatch], params: SamplingParams) -> Iterator[BatchResult]:
+        for batch in batches:
+            with torch.inference_mode():
+                tokens, lengths = self._sample(batch.prompts, params, batch.seed)
+            yield BatchResult(batch.batch_id, self._completions(batch, params, tokens, lengths))
+
+    def scored(self, batches: Sequence[PlannedBatch], tails: Tails) -> Iterator[ScoreBatch]:
+        tree = _Tree.build(tails, self.device)
+        for batch in batches:
+            with torch.inference_mode():
+                logps = self._score(batch.prompts, tree).tolist()
+                missing = [max(0.0, 1.0 - sum(map(exp, row))) for row in logps]
+            scores = map(ContinuationScores, batch.indices, map(tuple, logps), missing)
+            yield ScoreBatch(batch.batch_id, list(scores))
 
     def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """(prompts, width) ids with zeros on the left, and lengths."""
@@ -119,7 +104,7 @@ class HfEngine(Closes):
         slots = torch.arange(width + new_tokens, device=self.device)
         positions = slots - (width - lengths)[:, None]  # (prompts, width + new), negative at padding
         mask = positions >= 0 if bool((lengths < width).any()) else None
-        n_layers = self.model.config.get_text_config().num_hidden_layers
+        n_layers = self.text_config.num_hidden_layers
         cache = Cache([_PreallocatedLayer(width + new_tokens, repeats) for _ in range(n_layers)])
         logits = self.model(
             input_ids=ids,

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from math import exp
 from multiprocessing import Pipe
@@ -20,26 +20,19 @@ from pathlib import Path
 from signal import SIGKILL
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-
-from selfcritique.checkpoints import has_code
 from selfcritique.config import EngineConfig
 from selfcritique.engine.base import (
     BatchResult,
-    Closes,
     Completion,
     ContinuationScores,
     PlannedBatch,
     SamplingParams,
     ScoreBatch,
-    check_context,
-    end_ids,
     plan_batches,
 )
+from selfcritique.engine.local import CheckpointEngine, Tails
 from selfcritique.engine.vllm_process import Answer, Job, Request, main
 from selfcritique.errors import UserError
-from selfcritique.prompts import PromptEncoder
-from selfcritique.records import Prompt
 
 log = logging.getLogger(__name__)
 LOG_LINES = 15  # of the process's log, shown when it failed
@@ -51,24 +44,16 @@ ENVIRONMENT = {
 }
 
 
-class VllmEngine(Closes):
-    """A checkpoint directory with its tokenizer; what vLLM prints is appended to `log_file`."""
+class VllmEngine(CheckpointEngine):
+    """A checkpoint in a process of its own, whose output is appended to `log_file`."""
+
+    shard = 128  # prompts: some waves of the sequences that run at once
 
     def __init__(self, model_dir: Path, config: EngineConfig, log_file: Path) -> None:
         if find_spec("vllm") is None:
             raise UserError("engine=vllm needs the package vllm: run `make setup-vllm`, or set engine=hf.")
-        options = {"trust_remote_code": has_code(model_dir)}
-        try:
-            self.encoder = PromptEncoder(AutoTokenizer.from_pretrained(model_dir, **options))
-            model_config: Any = AutoConfig.from_pretrained(model_dir, **options)
-        except OSError as error:
-            raise UserError(f"No usable checkpoint (config, tokenizer) at '{model_dir}': {error}") from error
-        try:
-            generation = GenerationConfig.from_pretrained(model_dir)
-        except OSError:
-            generation = GenerationConfig.from_model_config(model_config)
-        self.eos_ids = end_ids(generation, self.encoder)
-        self.context: int = config.max_model_len or model_config.get_text_config().max_position_embeddings
+        super().__init__(model_dir)
+        self.context = config.max_model_len or self.context
         self.log_file = log_file
         self._settings: dict[str, Any] = {
             "model": str(model_dir),
@@ -82,7 +67,7 @@ class VllmEngine(Closes):
             "skip_tokenizer_init": True,
             "generation_config": "vllm",
             "disable_log_stats": True,
-            **options,
+            **self.options,
         }
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection
@@ -98,21 +83,24 @@ class VllmEngine(Closes):
             self._pipe.close()
             self._process = None
 
-    def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams, done: Container[str] = frozenset()
-    ) -> Iterator[BatchResult]:
-        ids = self.encoder.prompt_ids_many(prompts)
-        batches = self._plan(ids, params.max_tokens, f"generate {params}", done)
+    def plan(
+        self, ids: Sequence[Sequence[int]], rows: int, new_tokens: int, logits: int, salt: str
+    ) -> list[PlannedBatch]:
+        plan = plan_batches(ids, rows=1, new_tokens=1, max_tokens=0, max_rows=1, salt=salt)
+        return sorted(plan, key=lambda batch: list(batch.prompts[0]))
+
+    def sampled(self, batches: Sequence[PlannedBatch], params: SamplingParams) -> Iterator[BatchResult]:
         sampling = {
             "n": params.n,
             "temperature": params.temperature,
             "top_p": params.top_p,
             "top_k": params.top_k,
             "max_tokens": params.max_tokens,
-            "stop_token_ids": self.eos_ids,
+            "stop_token_ids": self.end_ids,
         }
-        requests = [Request(k, ids[b.indices[0]], sampling) for k, b in enumerate(batches)]
-        for answer in self._answers(requests, params.seed):
+        requests = [Request(k, list(b.prompts[0]), sampling) for k, b in enumerate(batches)]
+        # Of these batches, not of the call: what is left of a resumed run, or a shard, draws other numbers.
+        for answer in self._answers(requests, batches[0].seed % 2**32):
             batch, outputs = batches[answer.index], answer.outputs
             texts = self.encoder.tokenizer.batch_decode(
                 [o.ids[:-1] if o.ended else o.ids for o in outputs], skip_special_tokens=True
@@ -125,28 +113,17 @@ class VllmEngine(Closes):
                 ],
             )
 
-    def continuation_logprobs(
-        self,
-        prompts: Sequence[Prompt],
-        candidates: Sequence[str],
-        prefix: str = "",
-        done: Container[str] = frozenset(),
-    ) -> Iterator[ScoreBatch]:
+    def scored(self, batches: Sequence[PlannedBatch], tails: Tails) -> Iterator[ScoreBatch]:
         """One token after each beginning of a candidate, with the log-probs of those that go on from it."""
-        if len(set(candidates)) < len(candidates):
-            raise ValueError(f"Candidates repeat: {candidates}")
-        given, tails = self.encoder.candidate_ids(prefix, candidates)
         following: dict[tuple[int, ...], set[int]] = defaultdict(set)
         for tail in tails:
             for i, token in enumerate(tail):
                 following[tuple(tail[:i])].add(token)
         beginnings = list(following)
-        ids = [prompt + given for prompt in self.encoder.prompt_ids_many(prompts)]
-        batches = self._plan(ids, max(map(len, tails)), f"score {tails}", done)
         requests = [
             Request(
                 k * len(beginnings) + node,
-                ids[batch.indices[0]] + list(beginning),
+                [*batch.prompts[0], *beginning],
                 {"max_tokens": 1, "temperature": 0.0, "logprob_token_ids": sorted(following[beginning])},
             )
             for k, batch in enumerate(batches)
@@ -163,14 +140,6 @@ class VllmEngine(Closes):
                 totals = tuple(sum(paths[tuple(t[: i + 1])] for i in range(len(t))) for t in tails)
                 missing = max(0.0, 1.0 - sum(map(exp, totals)))
                 yield ScoreBatch(batch.batch_id, [ContinuationScores(batch.indices[0], totals, missing)])
-
-    def _plan(
-        self, ids: Sequence[Sequence[int]], new_tokens: int, salt: str, done: Container[str]
-    ) -> list[PlannedBatch]:
-        check_context(ids, new_tokens, self.context)
-        plan = plan_batches(ids, rows=1, new_tokens=1, max_tokens=0, max_rows=1, salt=salt)
-        rest = [batch for batch in plan if batch.batch_id not in done]
-        return sorted(rest, key=lambda batch: list(ids[batch.indices[0]]))
 
     def _answers(self, requests: Sequence[Request], seed: int) -> Iterator[Answer]:
         """Each request's answer as it comes. A process that dies is started once more, with the rest."""
