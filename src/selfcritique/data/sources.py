@@ -32,7 +32,7 @@ def _generated(config: SourceConfig, seed: int) -> tuple[Iterator[Problem], Iter
     steps = tuple(range(word_problems.MIN_STEPS, word_problems.MAX_STEPS + 1))
     settings: tuple[tuple[str, Sequence[object], Sequence[object]], ...] = (
         ("families", [*families, *config.test_families], tuple(word_problems.FAMILIES)),
-        ("registers", config.registers, word_problems.REGISTERS),
+        ("registers", [*config.registers, *config.test_registers], word_problems.REGISTERS),
         ("steps", config.steps, steps),
     )
     faults = []
@@ -44,13 +44,16 @@ def _generated(config: SourceConfig, seed: int) -> tuple[Iterator[Problem], Iter
     if faults:
         raise UserError("data.mix: " + ". ".join(faults) + ".")
 
-    def stream(stream_seed: int, chosen: tuple[str, ...]) -> Iterator[Problem]:
+    def stream(stream_seed: int, chosen: Sequence[str], registers: Sequence[str]) -> Iterator[Problem]:
         return word_problems.generate(
-            stream_seed, chosen, tuple(config.registers), tuple(config.steps), config.limit
+            stream_seed, tuple(chosen), tuple(registers), tuple(config.steps), config.limit
         )
 
-    held_out = tuple(config.test_families)
-    return stream(seed, families), stream(seed + 1_000_003, held_out) if held_out else iter(())
+    training = stream(seed, families, config.registers)
+    if not (config.test_families or config.test_registers):
+        return training, iter(())
+    unlike = config.test_families or families, config.test_registers or config.registers
+    return training, stream(seed + 1_000_003, *unlike)
 
 
 def files(config: SourceConfig) -> list[Path]:
