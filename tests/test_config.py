@@ -161,7 +161,7 @@ WRONG: list[tuple[type, dict[str, Any], dict[str, Any]]] = [  # class, what it n
         {"n": 0, "temperature": -0.1, "max_tokens": 0, "top_p": 0.0, "top_k": -1},
     ),
     (GateConfig, {}, {"min": 1.1}),
-    (CriticConfig, {"model": "somewhere"}, {"tiny": TinyConfig(), "noise": 1.1}),
+    (CriticConfig, {"tiny": TinyConfig()}, {"model": "somewhere", "noise": 1.1}),
     (CriticDataConfig, {}, {"corruptions": -1.0, "score_only": 1.1, "max_examples": -1}),
     (AskConfig, {}, {"samples": 0, "temperature": -1.0, "max_tokens": 0, "max_parse_failures": 1.1}),
     (SelectConfig, {}, {"threshold": 0.5, "cap_per_question": -1, "accept_rate_max": 1.1, "fixed_yield": 0}),

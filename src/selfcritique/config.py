@@ -469,7 +469,7 @@ class CriticConfig:
     def __post_init__(self) -> None:
         check(
             self,
-            tiny=bool(self.model and self.tiny) and "null where there is a model",
+            model=bool(self.model and self.tiny) and "empty where it has a tiny model of its own",
             noise=not 0 <= self.noise <= 1 and "from 0 to 1",
         )
 

@@ -41,7 +41,7 @@ def permute_scores(scored: pl.LazyFrame, share: float, seed: int) -> pl.LazyFram
     The scores as a whole, and by that what a threshold accepts, stay as they are; balanced accuracy moves
     towards 0.5 by the share. A larger share holds every response of a smaller.
     """
-    drawn = (draw(seed) >> 11).cast(pl.Float64) / 2**53 < share
+    drawn = draw(seed).cast(pl.Float64) < share * 2.0**64
     moved = pl.col("score", "parse").sort_by(draw(seed + 1)).over("drawn")
     kept = pl.col("score", "parse")
     rows = scored.sort("response_id").with_columns(drawn=drawn)
