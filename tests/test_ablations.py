@@ -1,5 +1,6 @@
 """Every ablation's points compose; which stages they share follows from what each varies."""
 
+import shlex
 from collections import defaultdict
 
 import pytest
@@ -68,6 +69,18 @@ def test_points_of_a_sweep(name: str) -> None:
         assert several == dict.fromkeys(keys.keys() - apart, count)
     else:
         assert several == {node: count for count, nodes in SHARED[name].items() for node in nodes}
+
+
+def test_commands_of_all_ablations() -> None:
+    """Every sweep has its command, and every command's settings and stages exist."""
+    lines = (CONF.parent / "experiments" / "run.sh").read_text().splitlines()
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("selfcritique ")]
+    assert {c[0] for c in commands} == {"-m", "compare", "critic-card", *(f"experiment={n}" for n in SHARED)}
+    for words in commands:
+        if words[0] not in ("compare", "critic-card"):
+            settings = [word.replace("seed=0,1,2", "seed=0") for word in words if word != "-m"]
+            run = compose(*settings)
+            assert build(run).needed(run.until), words
 
 
 def test_the_base_is_the_same_under_all() -> None:

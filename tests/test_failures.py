@@ -24,9 +24,9 @@ def spoiled(smoke: Finished, folder: Path, *words: str) -> Finished:
 def test_a_critic_under_its_gate(smoke: Finished) -> None:
     """That of the smoke run, which has learned from a few hundred answers; its card read anew."""
     rows = pl.read_parquet(smoke.artifact("gate") / "rows.parquet")
-    known = rows.filter(pl.col("score").is_not_null(), pl.col("verdict").is_in(["correct", "incorrect"]))
+    decided = rows.filter(pl.col("verdict").is_in(["correct", "incorrect"]))
     right = (pl.col("score") >= 6) == (pl.col("verdict") == "correct")
-    balanced = known.group_by("verdict").agg(right.mean())["score"].mean()
+    balanced = decided.group_by("verdict").agg(right=right.fill_null(False).mean())["right"].mean()
     assert isinstance(balanced, float) and balanced < 0.7
     (found,) = (f for f in smoke.summary["diagnosis"] if f["signature"] == "critic_below_gate")
     assert found["setting"] == "critic.train.epochs" and f"{balanced:.3f}" in found["evidence"]
