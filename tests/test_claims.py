@@ -15,8 +15,8 @@ FIELDS = {"page", "sentence", "experiment", "commit", "artifact", "figures"}
 
 
 def entry(result: Any, path: str) -> float:
-    """At a dotted path of a summary.json or sweep.json; in a list a number picks an item, `A-B` the comparison
-    of these models' accuracies."""
+    """At a dotted path of a summary.json or sweep.json; in a list a number picks an item, `A-B` a
+    comparison of accuracies."""
     found = result
     for name in path.split("."):
         if isinstance(found, list) and not name.isdecimal():

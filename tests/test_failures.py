@@ -53,6 +53,6 @@ def test_trained_on_one_register_only(registers: str, tmp_path: Path) -> None:
         tmp_path, *SMOKE, f"data.mix.0.registers={registers}", "data.mix.0.test_registers=[plain,chatty]",
         "data.splits={critic_train:8,critic_dev:8,pool_rft:40,test:200}", "arms=[]",
         "critic.ask={mode:logit,samples:1,temperature:0.0}", "critic.train={epochs:1,batch_size:8}",
-        "rft.select={threshold:1,by:random}", "eval.sampled_questions=0", "until=eval_base,eval_rft",
+        "rft.select={threshold:1,by:random}", "eval.sampled_questions=0", "until='eval_base,eval_rft'",
     )  # fmt: skip
     assert findings(finished.summary).get("one_register") == ("data.mix" if registers == "[plain]" else None)
