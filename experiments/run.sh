@@ -6,7 +6,7 @@ selfcritique -m experiment=ablation_base seed=0,1,2
 selfcritique experiment=lambda_beta
 selfcritique experiment=dpo_stability
 selfcritique experiment=no_critic
-selfcritique experiment=no_critic name=no_critic_arms rft.select.by=critic 'arms=[sft,solutions]' "until='eval_base,eval_sft,eval_solutions,eval_rft'"
+selfcritique experiment=no_critic name=no_critic_arms rft.select.by=critic 'arms=[sft,pool_sft]' "until='eval_base,eval_sft,eval_pool_sft,eval_rft'"
 selfcritique experiment=no_critic name=no_critic_blind rft.select.by=critic critic.ask.reference=none critic.gate.on_fail=warn
 selfcritique compare 'runs=[outputs/no_critic_arms/*/*,outputs/no_critic/*/*,outputs/no_critic_blind/*/*]'
 selfcritique experiment=threshold

@@ -51,7 +51,7 @@ def keys(*words: str) -> dict[str, str]:
         ("rft.sampling.temperature=0.9", {"pool_rft"} | AFTER_POOL),
         ("seed=1 seed_from=dpo", {"dpo"} | AFTER_DPO),
         ("arms=[]", set()),
-        ("arms=[sft,solutions]", {"pool_solutions", "solutions_data", "solutions"} | evaluated("solutions")),
+        ("arms=[sft,pool_sft]", {"pool_solutions", "pool_sft_data", "pool_sft"} | evaluated("pool_sft")),
         ("pairs.policy=base", {"pool_dpo", "scores_dpo", "pairs"} | AFTER_PAIRS),
         ("dpo.start=base", AFTER_PAIRS),
         # the critic's own word is reused, and so is what evaluation makes of it

@@ -756,7 +756,7 @@ class Arm(StrEnum):
     """Control models that a run trains beside the pipeline's own."""
 
     sft = "sft"  # continued SFT of the base on its own data, as many tokens as RFT
-    solutions = "solutions"  # SFT of the base on the reference solutions of pool_rft, as many tokens as RFT
+    pool_sft = "pool_sft"  # SFT of the base on the reference solutions of pool_rft, as many tokens as RFT
 
 
 @dataclass

@@ -99,6 +99,7 @@ class Graph:
             config = replace(config, seed=stage_seed(self.run.seed if varies else 0, name))  # type: ignore[type-var]
         keys = {role: node.key for role, node in inputs.items()}
         key = artifact_key(stage.name, stage.version, key_part(config), keys)
+        assert name not in self.nodes
         self.nodes[name] = Node(name, stage, config, inputs, key, varies)
         if stage in (SELECT, PAIRS):  # what is trained on is chosen by a critic that passed
             self.guards[name] = self.gates[-1]
@@ -221,9 +222,9 @@ def build(run: RunConfig) -> Graph:
 def _arms(g: Graph, base: Node, solutions: Node | None, examples: Node) -> None:
     """Controls of RFT: the base trained on reference solutions, on as many tokens as RFT's `examples`."""
     run, taught = g.run, {Arm.sft: solutions}
-    if Arm.solutions in run.arms:
+    if Arm.pool_sft in run.arms:
         ceiling = stages.ReferenceSolutions(run.model.prompts, Split.pool_rft)
-        taught[Arm.solutions] = g.add("pool_solutions", SOLUTIONS, ceiling, problems=g.nodes["problems"])
+        taught[Arm.pool_sft] = g.add("pool_solutions", SOLUTIONS, ceiling, problems=g.nodes["problems"])
     for arm, original in taught.items():
         if arm in run.arms and original is not None:
             same = stages.MatchedData(0)
