@@ -122,11 +122,15 @@ def test_settings_without_a_value_are_all_named(composed: Compose) -> None:
 
 @pytest.mark.parametrize(
     ("override", "said"),
-    [("data.mix=[]", "data.mix names no source"), ("model.sft=null", "set model.path or model.sft")],
+    [
+        ("data.mix=[]", "data.mix names no source"),
+        ("model.sft=null", "set model.path or model.sft"),
+        ("experiment=critic_size model.path=m model.sft=null", "critic.tiny first learns"),
+    ],
 )
 def test_settings_that_do_not_go_together(override: str, said: str, composed: Compose) -> None:
     with pytest.raises(UserError, match=re.escape(said)):
-        to_run_config(composed(override))
+        to_run_config(composed(*override.split()))
 
 
 SIZES = {f.name: 1 for f in fields(SplitsConfig)}

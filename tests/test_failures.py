@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-import pytest
 
 from runs import SMOKE, Finished, completed
 
@@ -46,13 +45,18 @@ def test_a_learning_rate_of_dpo_too_high(smoke: Finished, tmp_path: Path) -> Non
     assert "dpo_diverged" not in findings(smoke.summary)
 
 
-@pytest.mark.parametrize("registers", ["[plain]", "[plain,chatty]"])
-def test_trained_on_one_register_only(registers: str, tmp_path: Path) -> None:
+def test_trained_on_one_register_only(tmp_path: Path) -> None:
     """Tested on both; the critic's part is as small as it can be."""
     finished = completed(
-        tmp_path, *SMOKE, f"data.mix.0.registers={registers}", "data.mix.0.test_registers=[plain,chatty]",
+        tmp_path, *SMOKE, "data.mix.0.registers=[plain]", "data.mix.0.test_registers=[plain,chatty]",
         "data.splits={critic_train:8,critic_dev:8,pool_rft:40,test:200}", "arms=[]",
         "critic.ask={mode:logit,samples:1,temperature:0.0}", "critic.train={epochs:1,batch_size:8}",
         "rft.select={threshold:1,by:random}", "eval.sampled_questions=0", "until='eval_base,eval_rft'",
     )  # fmt: skip
-    assert findings(finished.summary).get("one_register") == ("data.mix" if registers == "[plain]" else None)
+    (found,) = (f for f in finished.summary["diagnosis"] if f["signature"] == "one_register")
+    assert found["setting"] == "data.mix" and "register chatty too" in found["advice"]
+    by = finished.summary["models"]["rft"]["by_register"]
+    assert (
+        f"plain {100 * by['plain']['value']:.1f} %, chatty {100 * by['chatty']['value']:.1f} %"
+        in found["evidence"]
+    )

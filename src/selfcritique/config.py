@@ -608,8 +608,8 @@ class RftConfig:
 
 @dataclass
 class PairsConfig:
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)  # on the pool, from the policy
-    policy: Policy = Policy.rft
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)  # on the pool
+    policy: Policy = Policy.rft  # whose answers
     pool: Pool = Pool.fresh
     build: PairConfig = field(default_factory=PairConfig)
 
@@ -790,6 +790,10 @@ class RunConfig:
         if not self.model.path and self.model.sft is None:
             raise UserError(
                 "model.sft is null, but a model trained from scratch needs it; set model.path or model.sft."
+            )
+        if self.critic.tiny is not None and self.model.sft is None:
+            raise UserError(
+                "critic.tiny first learns what model.sft trains on, which is null; set both or none."
             )
         for train in (self.model.sft, self.critic.train, self.rft.train, self.dpo.train):
             if train is not None:
