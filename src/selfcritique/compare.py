@@ -92,7 +92,8 @@ def _point(folder: Path) -> list[str]:
     """What a sweep set at this point, but for the seed: NAME=VALUE with the last part of the names."""
     told = folder.parent / "sweep.json"
     points = json.loads(told.read_text())["points"] if told.is_file() else []
-    label = next((p["label"] for p in points if Path(p["folder"]).name == folder.name), {})
+    labels: dict[str, dict[str, str]] = {Path(point["folder"]).name: point["label"] for point in points}
+    label = labels.get(folder.name, {})
     return [f"{name.rpartition('.')[2]}={value}" for name, value in label.items() if name != "seed"]
 
 
@@ -259,11 +260,10 @@ def _paired(
 ) -> dict[Key, dict[str, Any]]:
     """Each cell's difference to its other, called `name`, over the seeds that both have."""
     found = {}
-    for cell, there in others.items():
-        shared = sorted(cells[cell].keys() & there.keys())
-        if shared:
-            sides = ([rows[seed] for seed in shared] for rows in (cells[cell], there))
-            found[cell] = compare_seeds(*sides, metric, "setting", name)
+    for cell, other in others.items():
+        if shared := sorted(cells[cell].keys() & other.keys()):
+            here, there = ([rows[seed] for seed in shared] for rows in (cells[cell], other))
+            found[cell] = compare_seeds(here, there, metric, "setting", name)
     return dict(zip(found, adjust(list(found.values())), strict=True))
 
 
