@@ -19,14 +19,17 @@ def finished(root: Path, experiment: str, seed: int, models: dict[str, tuple[str
         json.dumps({"experiment": experiment, "seed": seed, "models": dict.fromkeys(models)})
     )
     (folder / "lineage.json").write_text(
-        json.dumps({f"eval_{name}": {"key": key} for name, (key, _) in models.items()})
+        json.dumps(
+            {f"{s}_{name}": {"key": key} for name, (key, _) in models.items() for s in ("eval", "test")}
+        )
     )
     for key, answers in models.values():
         place = root / "store" / "evaluate" / key
         place.mkdir(parents=True, exist_ok=True)
         verdicts = ["correct" if a == "y" else "incorrect" for a in answers]
         pl.DataFrame({"problem_id": [str(i) for i in range(len(answers))], "source": "s", "kind": "greedy",
-                      "verdict": verdicts}).write_parquet(place / "eval.parquet")  # fmt: skip
+                      "difficulty": range(len(answers)), "verdict": verdicts}
+                     ).write_parquet(place / "eval.parquet")  # fmt: skip
 
 
 @pytest.fixture
@@ -41,6 +44,43 @@ def test_a_shared_model_is_one(root: Path) -> None:
     models = load_models([f"{root}/outputs/*/*"], root / "store")
     assert [m.name for m in models] == ["base", "rft", "rft@other"]
     assert [sorted(m.rows) for m in models] == [[0, 1], [0, 1], [0]]
+
+
+def test_points_of_a_sweep_are_told_apart_by_what_it_varies(root: Path) -> None:
+    """Two settings under two seeds; the base is the same, and so is the RFT model."""
+    points = []
+    for i, (by, seed, key) in enumerate(
+        (x, s, k) for x, k in (("critic", "c"), ("random", "d")) for s in (0, 1)
+    ):
+        models = {"base": (f"b{seed}", "yyxx"), "rft": (f"r{seed}", "yyyx"), "dpo": (f"{key}{seed}", "yyyy")}
+        finished(root, "sweep", i, models)
+        folder = root / "outputs" / "sweep" / str(i)
+        (folder / "summary.json").write_text(
+            json.dumps({"experiment": "sweep", "seed": seed, "models": dict.fromkeys(models)})
+        )
+        label = {"rft.select.by": by, "seed": str(seed)}
+        points.append({"number": i, "label": label, "folder": f"outputs/sweep/{i}", "error": ""})
+    (root / "outputs" / "sweep" / "sweep.json").write_text(json.dumps({"points": points}))
+    models = load_models([f"{root}/outputs/sweep/*", f"{root}/outputs/other/*"], root / "store")
+    named = ["base", "rft", "dpo", "dpo@by=random", "rft@other"]
+    assert [(m.name, sorted(m.rows)) for m in models] == [(n, [0, 1]) for n in named[:4]] + [(named[4], [0])]
+    later = load_models([f"{root}/outputs/other/*", f"{root}/outputs/sweep/3"], root / "store")
+    assert [m.name for m in later] == [
+        "base",
+        "rft",
+        *(f"{n}@sweep,by=random" for n in ("base", "rft", "dpo")),
+    ]
+    found = differences(models, "accuracy", ["rft"])
+    assert [(r["a"], r["b"]) for r in found] == [(n, "rft") for n in named[2:]]
+
+
+def test_a_group_of_the_problems(root: Path) -> None:
+    """Of base's yyxx the first and the last: 1/2; of rft's yyyx the same."""
+    models = load_models([f"{root}/outputs/demo/0"], root / "store", "difficulty=0,3")
+    assert [m.rows[0]["verdict"].to_list() for m in models] == [["correct", "incorrect"]] * 2
+    for where, said in (("colour=red", "grouped by"), ("difficulty=7", "no test problem has")):
+        with pytest.raises(UserError, match=said):
+            load_models([f"{root}/outputs/demo/0"], root / "store", where)
 
 
 def test_differences_over_seeds(root: Path) -> None:
@@ -81,7 +121,9 @@ def test_what_cannot_be_compared_is_said(root: Path) -> None:
     finished(root, "demo", 2, {"base": ("b0", "yyxx")})
     moved = root / "outputs" / "demo" / "2" / "summary.json"
     moved.write_text(moved.read_text().replace('"seed": 2', '"seed": 0').replace("b0", "b9"))
-    (moved.parent / "lineage.json").write_text(json.dumps({"eval_base": {"key": "b9"}}))
+    (moved.parent / "lineage.json").write_text(
+        json.dumps({f"{stage}_base": {"key": "b9"} for stage in ("eval", "test")})
+    )
     with pytest.raises(UserError, match="seed 0 stands in two of the runs"):
         load_models([f"{root}/outputs/demo/*"], root / "store")
     with pytest.raises(UserError, match="is gone"):

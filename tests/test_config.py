@@ -14,6 +14,7 @@ from selfcritique import config
 from selfcritique.__main__ import CONF
 from selfcritique.config import (
     AskConfig,
+    CriticConfig,
     CriticDataConfig,
     DpoLossConfig,
     EngineConfig,
@@ -121,11 +122,15 @@ def test_settings_without_a_value_are_all_named(composed: Compose) -> None:
 
 @pytest.mark.parametrize(
     ("override", "said"),
-    [("data.mix=[]", "data.mix names no source"), ("model.sft=null", "set model.path or model.sft")],
+    [
+        ("data.mix=[]", "data.mix names no source"),
+        ("model.sft=null", "set model.path or model.sft"),
+        ("experiment=critic_size model.path=m model.sft=null", "critic.tiny first learns"),
+    ],
 )
 def test_settings_that_do_not_go_together(override: str, said: str, composed: Compose) -> None:
     with pytest.raises(UserError, match=re.escape(said)):
-        to_run_config(composed(override))
+        to_run_config(composed(*override.split()))
 
 
 SIZES = {f.name: 1 for f in fields(SplitsConfig)}
@@ -160,6 +165,7 @@ WRONG: list[tuple[type, dict[str, Any], dict[str, Any]]] = [  # class, what it n
         {"n": 0, "temperature": -0.1, "max_tokens": 0, "top_p": 0.0, "top_k": -1},
     ),
     (GateConfig, {}, {"min": 1.1}),
+    (CriticConfig, {"tiny": TinyConfig()}, {"model": "somewhere", "noise": 1.1}),
     (CriticDataConfig, {}, {"corruptions": -1.0, "score_only": 1.1, "max_examples": -1}),
     (AskConfig, {}, {"samples": 0, "temperature": -1.0, "max_tokens": 0, "max_parse_failures": 1.1}),
     (SelectConfig, {}, {"threshold": 0.5, "cap_per_question": -1, "accept_rate_max": 1.1, "fixed_yield": 0}),
@@ -200,6 +206,11 @@ def test_key_part_is_plain_data_without_what_only_changes_speed() -> None:
     assert key_part([config.Split.dev, None, (1, "x")]) == ["dev", None, [1, "x"]]
     with pytest.raises(TypeError, match="digest"):
         key_part({"file": Path("somewhere")})
+
+
+def test_what_most_runs_do_not_have_is_no_part_of_their_keys() -> None:
+    assert "test_registers" not in key_part(SourceConfig()) and "server" not in key_part(EngineConfig())
+    assert key_part(SourceConfig(test_registers=["plain"]))["test_registers"] == ["plain"]
 
 
 def test_a_key_in_place_of_its_variables_name_is_not_repeated() -> None:

@@ -88,7 +88,7 @@ CASES: dict[str, tuple[str, list[dict[str, Any]], list[dict[str, Any]]]] = {
             {"training.dpo.rewards_margin": float("nan")},
             {"training.dpo.chosen_logps_drift": -25.0},
         ],
-        [{"training.dpo.rewards_margin": 0.01}],
+        [{"training.dpo.rewards_margin": 0.01}, {"training.dpo.rewards_margin": -0.005}],
     ),
     "chosen_collapse": (
         "dpo.loss.lam",

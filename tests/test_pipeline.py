@@ -187,3 +187,38 @@ def test_a_failing_point_is_reported_and_the_others_finish(smoke: Finished, tmp_
     assert "No pair could be built" in swept.message
     (point,) = tmp_path.glob("outputs/*/*/*/summary.json")
     assert point.parent.name == "1" and all(read_json(point)["cached"].values())
+
+
+def test_the_controls_of_the_ablations(tmp_path: Path) -> None:
+    """A critic from a tiny model of its own, half of its scores permuted; pairs and DPO from the base; SFT on
+    the solutions of the pool."""
+    mine = tmp_path / "experiment" / "mine.yaml"
+    mine.parent.mkdir()
+    mine.write_text(
+        "# @package _global_\ndefaults: [smoke, _self_]\nname: mine\n"
+        "critic: {noise: 0.5, tiny: {hidden_size: 64, intermediate_size: 32, layers: 1}}\n"
+        "pairs: {policy: base}\ndpo: {start: base}\n"
+    )
+    words = ["experiment=mine" if w == "experiment=smoke" else w for w in TINY]
+    finished = completed(tmp_path, "--config-dir", str(tmp_path), *words, "arms=[pool_sft]")
+
+    def made_from(name: str) -> dict[str, str]:
+        inputs = read_json(finished.artifact(name) / "manifest.json")["inputs"]
+        return {role: source["key"] for role, source in inputs.items()}
+
+    keys = {name: entry["key"] for name, entry in read_json(finished.out / "lineage.json").items()}
+    assert made_from("pool_dpo")["model"] == made_from("dpo")["model"] == keys["base"]
+    assert made_from("critic")["model"] == keys["critic_start"]
+    assert read_json(finished.artifact("critic") / "config.json")["hidden_size"] == 64
+    for user, scores in (("select", "scores_rft"), ("pairs", "scores_dpo"), ("gate", "gate_scores")):
+        assert made_from(user)["scored"] == keys[f"{scores}_noisy"]
+        before, after = (
+            pl.read_parquet(finished.artifact(name) / "scored.parquet").sort("response_id")
+            for name in (scores, f"{scores}_noisy")
+        )
+        assert sorted(before["score"]) == sorted(after["score"])
+        assert before.drop("score", "parse").equals(after.drop("score", "parse"))
+    taught = pl.read_parquet(finished.artifact("pool_sft_data") / "examples.parquet")["problem_id"]
+    problems = pl.read_parquet(finished.artifact("problems") / "problems.parquet")
+    assert set(taught) <= set(problems.filter(split="pool_rft")["problem_id"])
+    assert list(finished.summary["models"]) == ["base", "pool_sft", "rft", "dpo"]

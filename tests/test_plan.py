@@ -28,6 +28,7 @@ AFTER_SELECT = (
     | AFTER_PAIRS
 )
 AFTER_POOL = {"scores_rft", "select"} | AFTER_SELECT
+NOISY = {f"{scores}_noisy" for scores in ("gate_scores", "scores_rft", "regate_scores", "scores_dpo")}
 
 
 def misses(store: Path, *words: str) -> set[str]:
@@ -50,6 +51,11 @@ def keys(*words: str) -> dict[str, str]:
         ("rft.sampling.temperature=0.9", {"pool_rft"} | AFTER_POOL),
         ("seed=1 seed_from=dpo", {"dpo"} | AFTER_DPO),
         ("arms=[]", set()),
+        ("arms=[sft,pool_sft]", {"pool_solutions", "pool_sft_data", "pool_sft"} | evaluated("pool_sft")),
+        ("pairs.policy=base", {"pool_dpo", "scores_dpo", "pairs"} | AFTER_PAIRS),
+        ("dpo.start=base", AFTER_PAIRS),
+        # the critic's own word is reused, and so is what evaluation makes of it
+        ("critic.noise=0.5", NOISY | (AFTER_POOL - {"scores_rft"}) | {"gate"}),
         ("until=select", set()),
         ("logger=none", set()),
         ("logger=wandb", set()),

@@ -19,6 +19,7 @@ from selfcritique.select import (
     pair_reasons,
     pair_sides,
     pairs_report,
+    permute_scores,
     select_responses,
     selection_counts,
     selection_report,
@@ -251,6 +252,32 @@ def test_shuffled_scores_are_the_same_scores_elsewhere() -> None:
         assert same < 0.3 * len(rows)
     assert after["score"].equals(again["score"]) and not after["score"].equals(other["score"])
     assert after.filter("selected")["score"].min() >= 7.0
+
+
+def test_permuting_all_scores_is_shuffling_and_none_changes_none() -> None:
+    """The second draw of a seed is the first of the next."""
+    rows = crowd()
+    before, after = (permute_scores(pool(rows), share, 4).collect() for share in (0.0, 1.0))
+    assert_frame_equal(before, pool(rows).sort("response_id").collect())
+    shuffled = select(rows, seed=5, by=SelectBy.shuffled)
+    assert_frame_equal(
+        after.select("response_id", "score", "parse"), shuffled.select("response_id", "score", "parse")
+    )
+
+
+def test_a_share_of_the_scores_is_permuted_within_that_share() -> None:
+    """10,000 right responses have 10, as many wrong ones 1: of a share r, half gets the other side's
+    score, so that balanced accuracy is 1 - r / 2. Its standard error is under 0.0025."""
+    rows = [row(f"p{i}", i, 10.0 if i % 2 else 1.0, verdict="correct" if i % 2 else "incorrect")
+            for i in range(20_000)]  # fmt: skip
+    whole = pool(rows)
+    chance = whole.sort("response_id").select(draw(0).cast(pl.Float64) / 2**64).collect().to_series()
+    for share in (0.25, 0.8):
+        found = permute_scores(whole, share, 0).collect()
+        wrong = (found["score"] == 10.0) != (found["verdict"] == "correct")
+        assert not (wrong & (chance > share)).any()  # what is not drawn keeps its score
+        assert found["score"].mean() == 5.5
+        assert wrong.mean() == pytest.approx(share / 2, abs=0.01)
 
 
 SELECTIONS = [

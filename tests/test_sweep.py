@@ -16,7 +16,7 @@ import pytest
 
 from runs import TINY, Finished, Watch, completed, compose, events, read_json, run
 from selfcritique.artifacts import Store
-from selfcritique.compare import settings
+from selfcritique.compare import settings, settings_markdown
 from selfcritique.pipeline import build
 from selfcritique.sweep import Point, blocked, schedule, threads_per_job
 
@@ -183,31 +183,55 @@ def test_two_sweeps_at_once_share_one_store(tmp_path: Path) -> None:
 # ---- the table -----------------------------------------------------------------------------------------
 
 
-def finished(folder: Path, seed: int, right: list[int]) -> Path:
-    """A run folder and its evaluation in folder/store, as much of them as the table reads."""
-    out, key = folder / f"run{len(list(folder.glob('run*')))}", f"{len(list(folder.glob('run*'))):016x}"
+def finished(folder: Path, seed: int, **models: int) -> Path:
+    """A run folder and its evaluations in folder/store, as much of them as the table reads.
+
+    models: how many of 40 problems each answers right.
+    """
+    out = folder / f"run{len(list(folder.glob('run*')))}"
     out.mkdir()
-    stored = folder / "store" / "evaluate" / key
-    stored.mkdir(parents=True)
-    pl.DataFrame({
-        "problem_id": [f"{i:04}" for i in range(len(right))], "source": "s", "kind": "greedy", "sample": 0,
-        "verdict": ["correct" if r else "incorrect" for r in right], "answer": "1", "truncated": False,
-    }).write_parquet(stored / "eval.parquet")  # fmt: skip
-    (out / "summary.json").write_text(json.dumps({"experiment": "x", "seed": seed, "models": {"dpo": {}}}))
-    (out / "lineage.json").write_text(json.dumps({"eval_dpo": {"stage": "evaluate", "key": key}}))
+    for name, right in models.items():
+        stored = folder / "store" / "evaluate" / f"{out.name}{name}"
+        stored.mkdir(parents=True)
+        pl.DataFrame({
+            "problem_id": [f"{i:04}" for i in range(40)], "source": "s", "kind": "greedy", "sample": 0,
+            "verdict": ["correct" if i < right else "incorrect" for i in range(40)], "answer": "1",
+            "truncated": False,
+        }).write_parquet(stored / "eval.parquet")  # fmt: skip
+    summary = {"experiment": "x", "seed": seed, "models": dict.fromkeys(models),
+               "selection": {"yield": models["dpo"] / 100, "precision": 0.5}}  # fmt: skip
+    (out / "summary.json").write_text(json.dumps(summary))
+    lineage = {f"eval_{name}": {"stage": "evaluate", "key": f"{out.name}{name}"} for name in models}
+    (out / "lineage.json").write_text(json.dumps(lineage))
     return out
 
 
 def test_settings_are_means_over_seeds_against_the_best(tmp_path: Path) -> None:
     """a: 30 and 34 of 40 right, mean 0.8; b: 10 of 40 under both seeds."""
     some = [("a", 0, 30), ("a", 1, 34), ("b", 0, 10), ("b", 1, 10)]
-    runs = [
-        (finished(tmp_path, seed, [1] * n + [0] * (40 - n)), {"x": name, "seed": str(seed)})
-        for name, seed, n in some
-    ]
-    a, b = settings(runs, tmp_path / "store")
+    runs = [(finished(tmp_path, seed, dpo=n), {"x": name, "seed": str(seed)}) for name, seed, n in some]
+    a, b = rows = settings(runs, tmp_path / "store")
     assert (a["setting"], b["setting"]) == ({"x": "a"}, {"x": "b"}) and a["best"] is None
     assert a["value"] == pytest.approx(0.8) and b["value"] == pytest.approx(0.25)
     assert a["low"] < 0.8 < a["high"] and a["seeds"] == [0, 1]
     assert b["best"]["delta"] == pytest.approx(np.mean([-20 / 40, -24 / 40]))
     assert b["best"]["p_adjusted"] == b["best"]["p"]  # a family of one
+    assert a["rft"] is b["rft"] is None
+    head, _, *lines = settings_markdown(rows).splitlines()
+    assert head.startswith("| x | yield | model | seeds | accuracy, % | − best, points |")  # what differs
+    assert lines[0].startswith("| a | 0.32 | dpo | 2 | 80.0 [") and lines[1].startswith(
+        "| b | 0.1 | dpo | 2 |"
+    )
+
+
+def test_settings_against_their_own_rft_model(tmp_path: Path) -> None:
+    """a: 30 − 20 and 34 − 24 of 40, 25 points; b: 10 − 20 and 10 − 24, −30 points."""
+    some = [("a", 0, 30, 20), ("a", 1, 34, 24), ("b", 0, 10, 20), ("b", 1, 10, 24)]
+    runs = [(finished(tmp_path, seed, rft=rft, dpo=dpo), {"x": name, "seed": str(seed)})
+            for name, seed, dpo, rft in some]  # fmt: skip
+    rows = settings(runs, tmp_path / "store")
+    assert [row["rft"]["delta"] for row in rows] == [pytest.approx(0.25), pytest.approx(-0.3)]
+    assert all(row["rft"]["p_adjusted"] >= row["rft"]["p"] for row in rows)
+    table = settings_markdown(rows)
+    assert "| − rft, points | p (Holm) | finding | − best, points | p (Holm) | finding |" in table
+    assert "| +25.0 [" in table and "| -30.0 [" in table

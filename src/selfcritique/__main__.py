@@ -22,7 +22,7 @@ HELP = """selfcritique: the Self-Critique pipeline for mathematical reasoning
   selfcritique -m experiment=demo seed=0,1,2               sweep; the points share their stages
   selfcritique tune experiment=demo trials=30              search λ, β and others (conf/tune.yaml) on dev
   selfcritique store ls|gc|pin KEY|unpin KEY [--store DIR] [--all] the artifacts and their disk
-  selfcritique compare 'runs=[outputs/demo/*]' [metric=maj@4] [diffs=3]  side by side; differing answers
+  selfcritique compare 'runs=[outputs/demo/*]' [metric=maj@4] [where=family=bus] [against=rft] [diffs=3]
   selfcritique critic-card critic=RUN [set=FOLDER]   a critic by itself: how good, how slow, how easily fooled
   selfcritique evaluate 'model=[FOLDER,...]' 'sets=[gsm8k,mmlu,...]'  checkpoints on evaluation sets
   selfcritique report [run=DIR|'runs=[...]'] [export=DIR]       report.html again; figures and tables as files
@@ -246,13 +246,14 @@ def _listed(value: str) -> list[str]:
 
 
 def _compare(words: list[str]) -> None:
-    given = _given("compare", words, ("runs",), ("metric", "diffs", "store"))
+    given = _given("compare", words, ("runs",), ("metric", "where", "against", "diffs", "store"))
     if not given.get("diffs", "0").isdecimal():
         raise UserError(f"compare: diffs is how many problems to show; found {given['diffs']}.")
-    from selfcritique.compare import changes, load_models, markdown
+    from selfcritique.compare import AGAINST, changes, load_models, markdown
 
-    models = load_models(_listed(given["runs"]), Path(given.get("store", "store")))
-    print(markdown(models, given.get("metric", "accuracy")))
+    models = load_models(_listed(given["runs"]), Path(given.get("store", "store")), given.get("where", ""))
+    against = _listed(given["against"]) if "against" in given else AGAINST
+    print(markdown(models, given.get("metric", "accuracy"), against))
     if "diffs" in given:
         print("", *changes(models, int(given["diffs"])), sep="\n")
 

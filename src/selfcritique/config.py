@@ -43,9 +43,7 @@ def _content(default: str) -> Any:
     return field(default=default, metadata={"content": True})
 
 
-def _optional() -> Any:
-    """A part that most runs do not have: absent from the key while it is null."""
-    return field(default=None, metadata={"optional": True})
+OPTIONAL = {"optional": True}  # a part that most runs do not have: absent from the key while it is empty
 
 
 class Source(StrEnum):
@@ -84,6 +82,13 @@ class Pool(StrEnum):
     same = "same"
 
 
+class Policy(StrEnum):
+    """A model of a round."""
+
+    rft = "rft"
+    base = "base"  # what RFT starts from: the base, or with rounds.restart=last the round's first model
+
+
 class Restart(StrEnum):
     base = "base"
     last = "last"
@@ -111,6 +116,7 @@ class SourceConfig:
     families: list[str] = field(default_factory=list)  # word_problems only; empty: all
     test_families: list[str] = field(default_factory=list)  # families of test; empty: as `families`
     registers: list[str] = field(default_factory=lambda: ["plain", "chatty"])
+    test_registers: list[str] = field(default_factory=list, metadata=OPTIONAL)  # of test; empty: `registers`
     steps: list[int] = field(default_factory=lambda: [2, 3, 4, 5])
     limit: int = 20  # largest number in a problem and its solution
 
@@ -360,7 +366,7 @@ class EngineConfig:
     )
     dtype: str = "float32"
     device: str = _how("cpu")  # hf
-    server: ServerConfig | None = _optional()  # openai
+    server: ServerConfig | None = field(default=None, metadata=OPTIONAL)  # openai
     max_model_len: int = _how(0)  # vllm: tokens of the longest prompt and answer; 0: the model's context
     kv_cache_gb: float = _how(1.0)  # vllm on a CPU: keys and values
     gpu_memory_utilization: float = _how(0.9)  # vllm on GPUs: share for weights, keys and values
@@ -407,7 +413,7 @@ class SamplingConfig:
 class AnnotatorConfig:
     kind: Annotator = Annotator.rules
     path: str = _content("")  # kind=file: CSV with response_id and score, optional analysis
-    server: ServerConfig | None = _optional()  # kind=openai: the teacher
+    server: ServerConfig | None = field(default=None, metadata=OPTIONAL)  # kind=openai: the teacher
 
     def __post_init__(self) -> None:
         teacher = self.server is not None and self.server.model
@@ -471,11 +477,20 @@ class AskConfig:
 @dataclass
 class CriticConfig:
     model: str = ""  # checkpoint folder; empty: the base
+    tiny: TinyConfig | None = None  # a tiny model of its own to start from, trained as the base is
+    noise: float = 0.0  # share of responses whose scores are permuted among them before they count
     data: CriticDataConfig = field(default_factory=CriticDataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     ask: AskConfig = field(default_factory=AskConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     dev_sampling: SamplingConfig = field(default_factory=SamplingConfig)  # critic_dev, natural proportions
+
+    def __post_init__(self) -> None:
+        check(
+            self,
+            model=bool(self.model and self.tiny) and "empty where it has a tiny model of its own",
+            noise=not 0 <= self.noise <= 1 and "from 0 to 1",
+        )
 
 
 class Dedup(StrEnum):
@@ -612,13 +627,15 @@ class RftConfig:
 
 @dataclass
 class PairsConfig:
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)  # on pool_dpo, from the RFT model
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)  # on the pool
+    policy: Policy = Policy.rft  # whose answers
     pool: Pool = Pool.fresh
     build: PairConfig = field(default_factory=PairConfig)
 
 
 @dataclass
 class DpoConfig:
+    start: Policy = Policy.rft  # what is trained, and its reference
     loss: DpoLossConfig = field(default_factory=DpoLossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -758,6 +775,7 @@ class Arm(StrEnum):
     """Control models that a run trains beside the pipeline's own."""
 
     sft = "sft"  # continued SFT of the base on its own data, as many tokens as RFT
+    pool_sft = "pool_sft"  # SFT of the base on the reference solutions of pool_rft, as many tokens as RFT
 
 
 @dataclass
@@ -791,6 +809,10 @@ class RunConfig:
         if not self.model.path and self.model.sft is None:
             raise UserError(
                 "model.sft is null, but a model trained from scratch needs it; set model.path or model.sft."
+            )
+        if self.critic.tiny is not None and self.model.sft is None:
+            raise UserError(
+                "critic.tiny first learns what model.sft trains on, which is null; set both or none."
             )
         for train in (self.model.sft, self.critic.train, self.rft.train, self.dpo.train):
             if train is not None:

@@ -31,6 +31,7 @@ MIN_YIELD = 0.05  # share of responses accepted
 MIN_COVERAGE = 0.10  # share of questions with an accepted response
 MIN_DIVERSITY = 0.10  # eight samples that all agree have 0.125
 COLLAPSE = -0.1  # nats per token: a response of 30 tokens became 20 times less likely
+NO_MARGIN = -0.05  # reward margin: nearer to 0 a policy has hardly moved
 DIVERGENCE = -1.0  # nats per token: what was fluent is now improbable
 REGISTER_GAP = 0.10  # accuracy
 SCORE_RISE = 0.5  # of ten: a smaller rise of the critic score may be real but too little to see in accuracy
@@ -143,7 +144,8 @@ def _drift_per_token(summary: Summary) -> float | None:
 
 def dpo_diverged(summary: Summary) -> Finding | None:
     drift, margin = _drift_per_token(summary), _get(summary, "training.dpo.rewards_margin")
-    if margin is None or drift is None or (math.isfinite(margin) and margin > 0 and drift > DIVERGENCE):
+    moves_well = margin is not None and math.isfinite(margin) and margin > NO_MARGIN
+    if margin is None or drift is None or (moves_well and drift > DIVERGENCE):
         return None
     return Finding(
         "dpo_diverged",
@@ -155,7 +157,7 @@ def dpo_diverged(summary: Summary) -> Finding | None:
 
 def chosen_collapse(summary: Summary) -> Finding | None:
     drift, margin = _drift_per_token(summary), _get(summary, "training.dpo.rewards_margin")
-    if drift is None or margin is None or margin <= 0 or not DIVERGENCE < drift < COLLAPSE:
+    if drift is None or margin is None or margin <= NO_MARGIN or not DIVERGENCE < drift < COLLAPSE:
         return None
     return Finding(
         "chosen_collapse",

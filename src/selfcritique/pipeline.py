@@ -19,11 +19,13 @@ from selfcritique.config import (
     Arm,
     EngineConfig,
     OnFail,
+    Policy,
     Pool,
     Restart,
     RunConfig,
     SamplingConfig,
     SplitsConfig,
+    TinyConfig,
     TrainConfig,
     key_part,
 )
@@ -53,6 +55,7 @@ SFT = Stage(stages.sft, 3)
 SAMPLE = Stage(stages.sample, 1)
 CRITIC_DATA = Stage(stages.critic_data, 2)
 SCORE = Stage(stages.score, 2)
+CORRUPT = Stage(stages.corrupt, 1)
 CARD = Stage(stages.card, 3)
 LABELLED = Stage(stages.labelled, 1)
 FLOOR = Stage(stages.floor, 1)
@@ -96,6 +99,7 @@ class Graph:
             config = replace(config, seed=stage_seed(self.run.seed if varies else 0, name))  # type: ignore[type-var]
         keys = {role: node.key for role, node in inputs.items()}
         key = artifact_key(stage.name, stage.version, key_part(config), keys)
+        assert name not in self.nodes
         self.nodes[name] = Node(name, stage, config, inputs, key, varies)
         if stage in (SELECT, PAIRS):  # what is trained on is chosen by a critic that passed
             self.guards[name] = self.gates[-1]
@@ -114,10 +118,19 @@ class Graph:
         inputs = {"problems": self.nodes["problems"], "responses": responses, "critic": self.nodes["critic"]}
         return self.add(name, SCORE, config, **inputs)
 
+    def believe(self, name: str, responses: Node) -> Node:
+        """The scores that decide: the critic's, a share of them corrupted where `critic.noise` says so."""
+        scored, noise = self.score(name, responses), self.run.critic.noise
+        if not noise:
+            return scored
+        return self.add(
+            f"{name}_noisy", CORRUPT, stages.Corrupt(noise, 0), responses=responses, scored=scored
+        )
+
     def gate(self, name: str, policy: Node) -> None:
         """Guards what is selected from now on: the critic on a policy's answers to unseen questions."""
         responses = self.sample(f"{name}_responses", policy, Split.critic_dev, self.run.critic.dev_sampling)
-        scored = self.score(f"{name}_scores", responses)
+        scored = self.believe(f"{name}_scores", responses)
         self.gates.append(name)
         problems = self.nodes["problems"]
         self.add(name, CARD, stages.Card(), problems=problems, responses=responses, scored=scored)
@@ -167,7 +180,7 @@ def build(run: RunConfig) -> Graph:
     for number in range(1, run.rounds.n + 1):
         mark = "" if number == 1 else f"_{number}"
         responses = g.sample(f"pool_rft{mark}", policy, Split.pool_rft, run.rft.sampling)
-        scored = g.score(f"scores_rft{mark}", responses)
+        scored = g.believe(f"scores_rft{mark}", responses)
         selected = g.add(
             f"select{mark}", SELECT, stages.Select(run.rft.select, 0), problems=problems, scored=scored
         )
@@ -178,19 +191,23 @@ def build(run: RunConfig) -> Graph:
         start = base if run.rounds.restart is Restart.base else policy
         training = stages.Sft(run.rft.train, run.trainer, 0)
         rft = g.add(f"rft{mark}", SFT, training, model=start, examples=examples)
-        if number == 1 and Arm.sft in run.arms and solutions is not None:
-            same = stages.MatchedData(0)
-            like = g.add("sft_data", MATCHED_DATA, same, original=solutions, like=examples, model=base)
-            g.models["sft"] = g.add("sft", SFT, training, model=base, examples=like)
+        if number == 1:
+            _arms(g, base, solutions, examples)
         g.gate(f"regate{mark}", rft)
 
         split = Split.pool_dpo if run.pairs.pool is Pool.fresh else Split.pool_rft
-        responses = g.sample(f"pool_dpo{mark}", rft, split, run.pairs.sampling)
-        scored = g.score(f"scores_dpo{mark}", responses)
+        policies = {Policy.rft: rft, Policy.base: start}
+        responses = g.sample(f"pool_dpo{mark}", policies[run.pairs.policy], split, run.pairs.sampling)
+        scored = g.believe(f"scores_dpo{mark}", responses)
         paired = g.add(
             f"pairs{mark}", PAIRS, stages.Pairs(run.pairs.build, 0), problems=problems, scored=scored
         )
-        texts = {"model": rft, "problems": problems, "responses": responses, "pairs": paired}
+        texts = {
+            "model": policies[run.dpo.start],
+            "problems": problems,
+            "responses": responses,
+            "pairs": paired,
+        }
         before = stages.ReferenceLogps(run.trainer, style, run.dpo.train.lora.quantize)
         frozen = g.add(f"reference{mark}", REFERENCE, before, **texts)
         merged = stages.Dpo(run.dpo.loss, run.dpo.train, run.trainer, style, 0)
@@ -202,6 +219,20 @@ def build(run: RunConfig) -> Graph:
     return g
 
 
+def _arms(g: Graph, base: Node, solutions: Node | None, examples: Node) -> None:
+    """Controls of RFT: the base trained on reference solutions, on as many tokens as RFT's `examples`."""
+    run, taught = g.run, {Arm.sft: solutions}
+    if Arm.pool_sft in run.arms:
+        ceiling = stages.ReferenceSolutions(run.model.prompts, Split.pool_rft)
+        taught[Arm.pool_sft] = g.add("pool_solutions", SOLUTIONS, ceiling, problems=g.nodes["problems"])
+    for arm, original in taught.items():
+        if arm in run.arms and original is not None:
+            same = stages.MatchedData(0)
+            like = g.add(f"{arm}_data", MATCHED_DATA, same, original=original, like=examples, model=base)
+            training = stages.Sft(run.rft.train, run.trainer, 0)
+            g.models[arm] = g.add(arm, SFT, training, model=base, examples=like)
+
+
 def _base(g: Graph, problems: Node, solutions: Node | None) -> Node:
     run = g.run
     if run.model.path:
@@ -211,10 +242,16 @@ def _base(g: Graph, problems: Node, solutions: Node | None) -> Node:
         if run.model.sft is None or solutions is None:
             return start
         return g.add("base", SFT, stages.Sft(run.model.sft, run.trainer, 0), model=start, examples=solutions)
-    assert run.model.sft is not None and solutions is not None
+    return _tiny(g, "base", run.model.tiny)
+
+
+def _tiny(g: Graph, name: str, shape: TinyConfig) -> Node:
+    """A tiny model from scratch, trained on the reference solutions."""
+    run = g.run
+    assert run.model.sft is not None
     numbers = max(source.limit for source in run.data.mix)
-    config = stages.TinyBase(run.model.tiny, numbers, run.model.sft, run.trainer, 0)
-    return g.add("base", TINY_BASE, config, examples=solutions)
+    config = stages.TinyBase(shape, numbers, run.model.sft, run.trainer, 0)
+    return g.add(name, TINY_BASE, config, examples=g.nodes["solutions"])
 
 
 def _critic(g: Graph, base: Node) -> None:
@@ -230,6 +267,8 @@ def _critic(g: Graph, base: Node) -> None:
     if run.critic.model:
         other = checkpoint_of(run.critic.model, run.model.trust_remote_code, not run.plan)
         start = g.add("critic_start", CHECKPOINT, other)
+    elif run.critic.tiny is not None:
+        start = _tiny(g, "critic_start", run.critic.tiny)
     training = stages.Sft(run.critic.train, run.trainer, 0)
     g.add("critic", SFT, training, model=start, examples=examples)
 

@@ -8,6 +8,8 @@ import hashlib
 from dataclasses import dataclass
 from enum import StrEnum
 
+GROUPS = ("source", "family", "register", "difficulty")  # columns that results are broken down by
+
 
 def content_id(*parts: object) -> str:
     """16 hex digits that depend on the parts' text alone."""

@@ -16,8 +16,8 @@ import polars as pl
 from selfcritique.artifacts import Artifact, Store
 from selfcritique.compare import folders
 from selfcritique.errors import UserError
+from selfcritique.records import GROUPS
 
-GROUPS = ("source", "family", "register", "difficulty")
 _SAMPLE = ("problem_id", "response_id", "n_tokens", "truncated", "answer", "verdict", "equations_hash")
 
 
@@ -67,7 +67,8 @@ class Run:
     @cached_property
     def scores(self) -> dict[str, str]:
         """Name of a pool of responses -> name of its critic scores."""
-        return {self.inputs(name)["responses"]: name for name in self.stages("score")}
+        scored = self.stages("score") | self.stages("corrupt")  # the scores that decide are the last
+        return {self.inputs(name)["responses"]: name for name in scored}
 
     @cached_property
     def decisions(self) -> dict[str, str]:

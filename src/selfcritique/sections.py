@@ -18,7 +18,8 @@ from selfcritique.evaluate import measure, threshold_curve
 from selfcritique.figures import Figure, Mark, bars, crosses, curves, dots, graph, heat_map
 from selfcritique.page import Cell, Part, Section, Table, packed_samples, page, write_files
 from selfcritique.progress import duration
-from selfcritique.results import GROUPS, Run, measured, samples
+from selfcritique.records import GROUPS
+from selfcritique.results import Run, measured, samples
 from selfcritique.stats import Interval
 from selfcritique.suite import METRICS
 

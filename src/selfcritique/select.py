@@ -35,6 +35,19 @@ def draw(seed: int, column: str = "response_id") -> pl.Expr:
     return x ^ (x // 2**31)
 
 
+def permute_scores(scored: pl.LazyFrame, share: float, seed: int) -> pl.LazyFrame:
+    """The pool in canonical order, scores and parses of a drawn share of it permuted among that share.
+
+    The scores as a whole, and by that what a threshold accepts, stay as they are; balanced accuracy moves
+    towards 0.5 by the share. A larger share holds every response of a smaller.
+    """
+    drawn = draw(seed).cast(pl.Float64) < share * 2.0**64
+    moved = pl.col("score", "parse").sort_by(draw(seed + 1)).over("drawn")
+    kept = pl.col("score", "parse")
+    rows = scored.sort("response_id").with_columns(drawn=drawn)
+    return rows.with_columns(pl.when("drawn").then(moved).otherwise(kept)).drop("drawn")
+
+
 def _usable() -> pl.Expr:
     return pl.col("score").is_not_null() & ~pl.col("truncated")
 

@@ -6,6 +6,7 @@ artifact key covers them all. Change what a stage computes, and its version goes
 """
 
 import json
+import shutil
 import sys
 import time
 from collections import Counter
@@ -43,13 +44,12 @@ from selfcritique.config import (
 from selfcritique.errors import UserError
 from selfcritique.progress import Progress
 from selfcritique.prompts import SCORE_PREFIX, critique_prompt, solve_prompt
-from selfcritique.records import Message, Parse, Problem, Prompt, Response, Split, content_id
+from selfcritique.records import GROUPS, Message, Parse, Problem, Prompt, Response, Split, content_id
 
 Inputs = Mapping[str, Artifact]
 Metrics = dict[str, Any]
 
 PROBLEM_FIELDS = ("question", "reference", "answer", "source", "subject", "family", "register", "difficulty")
-GROUPS = ("source", "family", "register", "difficulty")  # columns that results are broken down by
 
 
 # ---- problems ------------------------------------------------------------------------------------------
@@ -646,6 +646,23 @@ def write_scores(responses: pl.DataFrame, rows: Sequence[Reading], out: Path) ->
         "mean_score": critiques["score"].mean(),
         "missing_mass": critiques["missing_mass"].mean(),
     }
+
+
+@dataclass
+class Corrupt:
+    noise: float
+    seed: int
+
+
+def corrupt(config: Corrupt, inputs: Inputs, out: Path, progress: Progress) -> Metrics:
+    """scored.parquet with a share of the scores permuted; the critiques stay as they were written."""
+    from selfcritique.select import permute_scores
+
+    clean = inputs["scored"].path
+    scored = pl.scan_parquet(clean / "scored.parquet")
+    permute_scores(scored, config.noise, config.seed).collect().write_parquet(out / "scored.parquet")
+    shutil.copy(clean / "critiques.parquet", out)
+    return dict(inputs["scored"].metrics)
 
 
 def _by_text(

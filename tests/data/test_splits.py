@@ -156,6 +156,12 @@ def test_held_out_families_are_tested_on_and_never_trained_on() -> None:
     assert dict(families.iter_rows()) == {False: ["bus", "share"], True: ["ages"]}
 
 
+def test_registers_of_the_test_are_its_own() -> None:
+    table, _ = build_splits(config(SourceConfig(registers=["plain"], test_registers=["chatty"])))
+    registers = table.group_by(pl.col("split") == "test").agg(pl.col("register").unique())
+    assert dict(registers.iter_rows()) == {False: ["plain"], True: ["chatty"]}
+
+
 # ---- what stops ----------------------------------------------------------------------------------------
 
 
@@ -179,11 +185,15 @@ def test_an_endless_source_with_too_few_distinct_problems_stops(monkeypatch: pyt
 
 def test_unknown_families_registers_and_steps_are_refused_together() -> None:
     wrong = SourceConfig(
-        families=["bus", "buss"], test_families=["age"], registers=["plian"], steps=[1, 2, 6]
+        families=["bus", "buss"],
+        test_families=["age"],
+        registers=["plian"],
+        test_registers=["chaty"],
+        steps=[1, 2, 6],
     )
     with pytest.raises(UserError) as error:
         build_splits(config(wrong))
-    for part in ("['age', 'buss']; there are collect, bus", "['plian']; there are plain, chatty", "[1, 6]"):
+    for part in ("['age', 'buss']; there are collect, bus", "['chaty', 'plian']; there are plain", "[1, 6]"):
         assert part in str(error.value)
     with pytest.raises(UserError, match="no registers given; there are plain"):
         build_splits(config(SourceConfig(registers=[])))

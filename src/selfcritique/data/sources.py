@@ -33,7 +33,7 @@ def _generated(config: SourceConfig, seed: int) -> tuple[Iterator[Problem], Iter
     steps = tuple(range(word_problems.MIN_STEPS, word_problems.MAX_STEPS + 1))
     settings: tuple[tuple[str, Sequence[object], Sequence[object]], ...] = (
         ("families", [*families, *config.test_families], tuple(word_problems.FAMILIES)),
-        ("registers", config.registers, word_problems.REGISTERS),
+        ("registers", [*config.registers, *config.test_registers], word_problems.REGISTERS),
         ("steps", config.steps, steps),
     )
     faults = []
@@ -45,11 +45,12 @@ def _generated(config: SourceConfig, seed: int) -> tuple[Iterator[Problem], Iter
     if faults:
         raise UserError("data.mix: " + ". ".join(faults) + ".")
 
-    told = (tuple(config.registers), tuple(config.steps), config.limit)
-    train = word_problems.generate(seed, families, *told)
-    if not config.test_families:
+    registers, told = tuple(config.registers), (tuple(config.steps), config.limit)
+    train = word_problems.generate(seed, families, registers, *told)
+    if not (config.test_families or config.test_registers):
         return train, iter(())
-    return train, word_problems.generate(seed + 1_000_003, tuple(config.test_families), *told)
+    unlike = tuple(config.test_families) or families, tuple(config.test_registers) or registers
+    return train, word_problems.generate(seed + 1_000_003, *unlike, *told)
 
 
 def files(config: SourceConfig) -> list[Path]:
