@@ -22,6 +22,7 @@ def start_ray(**options: Any) -> Any:
             ray.init(include_dashboard=False, logging_level=logging.ERROR, **options)
         except ConnectionError as error:
             raise UserError(
-                f"No Ray cluster answers at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: {error}"
+                f"No Ray cluster answers at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}, or it wants a token "
+                f"(RAY_AUTH_MODE=token): {error}"
             ) from None
     return ray

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from secrets import token_hex
 from tempfile import TemporaryDirectory
 
 import polars as pl
@@ -114,8 +115,10 @@ def test_replicas_are_no_part_of_a_key(spread: str, plain: str) -> None:
 
 
 @pytest.fixture
-def cluster() -> Iterator[str]:
-    """The address of a cluster of one node, which says that it has a GPU."""
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a cluster of one node, which says that it has a GPU and wants a token."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", token_hex(32))
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
