@@ -6,6 +6,6 @@ selfcritique experiment=smollm2
 RUN=$(find outputs/smollm2 -mindepth 1 -maxdepth 1 | sort | tail -n 1)
 python -c "import json; from pydoc_data.topics import topics
 for text in topics.values(): print(json.dumps({'text': text}))" > outputs/text.jsonl
-selfcritique evaluate "model=[$RUN/checkpoint,$RUN/base,$RUN/rft,$RUN/dpo]" 'sets=[mmlu,text]' limit=300 \
+selfcritique evaluate "model=[$RUN/checkpoint,$RUN/base,$RUN/rft,$RUN/dpo]" 'sets=[mmlu,text]' limit=200 window=128 \
   "paths.mmlu=$DATA/mmlu_stem/test_nonmath.jsonl" paths.text=outputs/text.jsonl engine.max_batch_tokens=16384
 selfcritique critic-card "critic=$RUN"

@@ -44,11 +44,14 @@ class Run:
         return {role: self._names[source["key"]] for role, source in made_from.items()}
 
     def trained(self, model: str) -> Artifact:
-        """The checkpoint of an evaluated model."""
-        if f"eval_{model}" not in self.artifacts:
-            models = ", ".join(self.summary["models"]) or "none"
-            raise UserError(f"{self.out}: there is no evaluated model {model!r}; there are {models}.")
-        return self.artifacts[self.inputs(self.inputs(f"eval_{model}")["greedy"])["model"]]
+        """The checkpoint of an evaluated model, or of the stage that is named (critic, checkpoint)."""
+        if f"eval_{model}" in self.artifacts:
+            return self.artifacts[self.inputs(self.inputs(f"eval_{model}")["greedy"])["model"]]
+        made = {n: a for n, a in self.artifacts.items() if (a.path / "config.json").is_file()}
+        if model not in made:
+            there = ", ".join(made) or "none"
+            raise UserError(f"{self.out}: there is no model {model!r}; there are {there}.")
+        return made[model]
 
     def path(self, name: str, file: str) -> Path:
         return self.artifacts[name].path / file

@@ -115,7 +115,9 @@ class Suite:
             if not path and server is None:
                 continue
             engine = c.engine if server is None else EngineConfig(EngineKind.openai, server=server)
-            checkpoint = {"judge": self.make(who, CHECKPOINT, checkpoint_of(path))} if path else {}
+            checkpoint = {}
+            if path:
+                checkpoint["judge"] = self.make(who, CHECKPOINT, checkpoint_of(checkpoint_folder(path)))
             prompt = c.judge.prompt_file if name is EvalSet.mathusereval and who == "judge" else ""
             config = set_stages.Judge(name, engine, c.judge.max_tokens, who == "critic", c.prompts, prompt)
             made = self.make(
