@@ -77,3 +77,10 @@ def test_the_commands(smoke: Finished) -> None:
     assert said.code == 0 and said.stdout.strip() == str(report) and report.read_bytes() == before
     assert "takes [run=], [runs=], [store=], [export=]" in run(smoke.folder, "report", "rum=x").message
     assert "why wants one response id" in run(smoke.folder, "why").message
+
+
+def test_models_of_a_run_go_by_name(finished: Run) -> None:
+    assert finished.trained("rft") == finished.artifacts["rft"]
+    assert finished.trained("critic") == finished.artifacts["critic"]
+    with pytest.raises(UserError, match="no model 'pairs'; there are base, critic, rft"):
+        finished.trained("pairs")
