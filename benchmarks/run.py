@@ -59,11 +59,16 @@ class Measured:
 
 
 def speed_ratio(
-    ours: Callable[[], object], baseline: Callable[[], object], name: str, rounds: int = ROUNDS
+    ours: Callable[[], object],
+    baseline: Callable[[], object],
+    name: str,
+    rounds: int = ROUNDS,
+    before: Callable[[], object] = lambda: None,
 ) -> Measured:
-    """Baseline's time over ours, A B A B after one warm-up of each."""
+    """Baseline's time over ours, A B A B after one warm-up of each; `before` each round, and not timed."""
     ratios = []
     for _ in range(rounds + 1):
+        before()
         seconds = [_seconds(run) for run in (ours, baseline)]
         ratios.append(seconds[1] / seconds[0])
     ratios = ratios[1:]
