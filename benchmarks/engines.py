@@ -93,22 +93,23 @@ def against_hf(n: int) -> Measured:
     from selfcritique.engine.vllm import VllmEngine
 
     params = SamplingParams(n=n, temperature=1.0, max_tokens=MAX_TOKENS, seed=0)
-    prompts = problems(ROWS // n)
+    asked = problems((ROUNDS + 1) * ROWS // n)
+    trial, *fresh = [asked[r :: ROUNDS + 1] for r in range(ROUNDS + 1)]  # no round finds its prompts cached
     with (
         TemporaryDirectory() as folder,
         VllmEngine(checkpoint(), CONFIG, Path(folder) / "vllm.log") as vllm,
         HfEngine(checkpoint(), HF_BATCH_TOKENS) as hf,
     ):
-        by_rows = {b: rate(lambda b=b: plain_tokens(hf, prompts, params, b)) for b in STATIC_BATCHES}
+        by_rows = {b: rate(lambda b=b: plain_tokens(hf, trial, params, b)) for b in STATIC_BATCHES}
         rows = max(by_rows, key=by_rows.__getitem__)
-        tokens(vllm, prompts, params)
+        tokens(vllm, trial, params)
         rounds = [
             (
-                rate(lambda: tokens(vllm, prompts, params)),
-                rate(lambda: plain_tokens(hf, prompts, params, rows)),
-                rate(lambda: tokens(hf, prompts, params)),
+                rate(lambda p=prompts: tokens(vllm, p, params)),
+                rate(lambda p=prompts: plain_tokens(hf, p, params, rows)),
+                rate(lambda p=prompts: tokens(hf, p, params)),
             )
-            for _ in range(ROUNDS)
+            for prompts in fresh
         ]
         about: dict[str, Any] = {
             "tokens_per_s": [median(side) for side in zip(*rounds, strict=True)],  # vllm, generate, hf
