@@ -173,7 +173,7 @@ def overhead() -> Measured:
             distributed_executor_backend="uni", kv_cache_memory_bytes=2**30, seed=0,
         )  # fmt: skip
         asked = [{"prompt_token_ids": ids} for ids in ours.encoder.prompt_ids_many(prompts)]
-        greedy = Direct(temperature=0.0, max_tokens=limit, stop_token_ids=ours.eos_ids)
+        greedy = Direct(temperature=0.0, max_tokens=limit, stop_token_ids=ours.end_ids)
         return speed_ratio(
             lambda: tokens(ours, prompts, params),
             lambda: direct.generate(asked, greedy, use_tqdm=False),
