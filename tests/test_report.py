@@ -585,3 +585,16 @@ def test_cells_of_a_sweep_that_are_not_told_from_the_best(tmp_path: Path) -> Non
         "21.0",
         "21.0",
     ]
+
+
+def test_settings_that_are_no_grid_are_drawn_by_their_distance_to_the_best(tmp_path: Path) -> None:
+    """A third setting differs, so there is no heat map; each of the two settings has its name at the axis."""
+    made = [point(tmp_path, i, beta, i % 2, "y" * n + "x" * (100 - n)) for i, (beta, n) in
+            enumerate([(0.5, 81), (0.5, 81), (1.0, 21), (1.0, 21)])]  # fmt: skip
+    for out, policy in zip(made, ("rft", "rft", "base", "base"), strict=True):
+        with (out / "config.yaml").open("a") as config:
+            config.write(f"pairs: {{policy: {policy}}}\n")
+    write_report([load_run(out) for out in made], tmp_path / "export")
+    assert not (tmp_path / "export" / "lambda_beta.svg").exists()
+    drawn = (tmp_path / "export" / "settings.svg").read_text()
+    assert "0.5, rft" in drawn and "1.0, base" in drawn and "best, points" in drawn

@@ -375,6 +375,17 @@ def lambda_beta(runs: Sequence[Run]) -> Section | None:
     parts: list[Part] = [Table("lambda_beta", caption, columns, rows)]
     if len(names) == 2 and all(isinstance(value, int | float) for cell in cells for value in cell):
         parts.append(Figure("lambda_beta", caption, heat_map(labels[0], labels[1], values, marked)))
+    else:
+        marks: list[Mark] = []
+        for cell in values:
+            delta, low, high = (
+                100 * against[cell][k] if cell in against else 0.0 for k in ("delta", "low", "high")
+            )
+            marks.append((", ".join(map(str, cell)), "", delta, low, high))
+        size = (6.0, 0.8 + 0.25 * len(marks))
+        parts.append(
+            Figure("settings", "Difference to the best setting.", dots("− best, points", marks), size)
+        )
     return Section(" × ".join(labels), parts)
 
 
