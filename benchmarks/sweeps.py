@@ -1,4 +1,5 @@
-"""A small λ × β sweep: its wall time over what its stages took, each counted once, and against separate runs.
+"""The λ × β sweep of one seed, with a critic that is soon trained: its wall time over what its stages took, each
+counted once, and against separate runs.
 
 The stages' times are those in the manifests of the sweep's own store: what is shared, and what each point has
 for itself. All else (imports, composing, waiting, reports) is the sweep's overhead. Separate runs are two of
@@ -16,12 +17,10 @@ from run import Measured
 
 from selfcritique.artifacts import Store
 
-LAMS, BETAS = (0.5, 1, 1.5), (0.5, 1)
+LAMS, BETAS = (0.5, 1, 1.5), (0.1, 0.5, 1, 2)  # of experiment=lambda_beta
 WORDS = (
-    "experiment=demo",
-    "arms=[]",
-    "data.splits={base_train:200,critic_train:400,critic_dev:200,pool_rft:600,pool_dpo:600,dev:20,test:3000}",
-    "model.sft.epochs=20",
+    "experiment=ablation_base",
+    "critic.train.epochs=1",  # no less is shared by a worse critic
     "critic.ask={mode:logit,samples:1,temperature:0.0}",
     "critic.gate.on_fail=warn",
     "rft.select={threshold:1,by:random}",
@@ -33,7 +32,7 @@ def seconds(folder: Path, *words: str) -> float:
     """Of the whole command in an empty folder."""
     folder.mkdir()
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "selfcritique", *WORDS, *words], cwd=folder, check=True)
+    subprocess.run([sys.executable, "-m", "selfcritique", *words, *WORDS], cwd=folder, check=True)
     return time.perf_counter() - start
 
 
