@@ -1,5 +1,5 @@
-"""The λ × β sweep of one seed, with a critic that is soon trained: its wall time over what its stages took, each
-counted once, and against separate runs.
+"""The λ × β sweep of one seed, with a critic that is soon trained: its wall time over what its stages took,
+each counted once, and against separate runs.
 
 The stages' times are those in the manifests of the sweep's own store: what is shared, and what each point has
 for itself. All else (imports, composing, waiting, reports) is the sweep's overhead. Separate runs are two of
