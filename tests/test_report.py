@@ -19,8 +19,9 @@ import polars as pl
 import pytest
 
 from runs import SMOKE, Finished, completed, read_json
-from selfcritique import page
+from selfcritique import page, sections
 from selfcritique.artifacts import Artifact, Store
+from selfcritique.figures import Mark, dots
 from selfcritique.page import pick
 from selfcritique.results import load_run
 from selfcritique.sections import write_report
@@ -587,14 +588,24 @@ def test_cells_of_a_sweep_that_are_not_told_from_the_best(tmp_path: Path) -> Non
     ]
 
 
-def test_settings_that_are_no_grid_are_drawn_by_their_distance_to_the_best(tmp_path: Path) -> None:
-    """A third setting differs, so there is no heat map; each of the two settings has its name at the axis."""
+def test_settings_that_are_no_grid_are_drawn_by_their_distance_to_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A third setting differs, so there is no heat map: the worse has 21 of 100 right, the best 81."""
     made = [point(tmp_path, i, beta, i % 2, "y" * n + "x" * (100 - n)) for i, (beta, n) in
             enumerate([(0.5, 81), (0.5, 81), (1.0, 21), (1.0, 21)])]  # fmt: skip
     for out, policy in zip(made, ("rft", "rft", "base", "base"), strict=True):
         with (out / "config.yaml").open("a") as config:
             config.write(f"pairs: {{policy: {policy}}}\n")
+    drawn: dict[str, list[Mark]] = {}
+    monkeypatch.setattr(sections, "dots", lambda x, marks: dots(x, drawn.setdefault(x, marks)))
     write_report([load_run(out) for out in made], tmp_path / "export")
     assert not (tmp_path / "export" / "lambda_beta.svg").exists()
-    drawn = (tmp_path / "export" / "settings.svg").read_text()
-    assert "0.5, rft" in drawn and "1.0, base" in drawn and "best, points" in drawn
+    assert "0.5, rft" in (tmp_path / "export" / "settings.svg").read_text()
+    best, worse = drawn["− best, points"]
+    assert best == ("0.5, rft", "", 0, 0, 0)
+    name, _, delta, low, high = worse
+    assert name == "1.0, base" and delta == pytest.approx(-60)
+    assert (
+        low is not None and high is not None and -75 < low < -60 < high < -45
+    )  # 4.9 points of error each way

@@ -376,16 +376,14 @@ def lambda_beta(runs: Sequence[Run]) -> Section | None:
     if len(names) == 2 and all(isinstance(value, int | float) for cell in cells for value in cell):
         parts.append(Figure("lambda_beta", caption, heat_map(labels[0], labels[1], values, marked)))
     else:
-        marks: list[Mark] = []
-        for cell in values:
-            delta, low, high = (
-                100 * against[cell][k] if cell in against else 0.0 for k in ("delta", "low", "high")
-            )
-            marks.append((", ".join(map(str, cell)), "", delta, low, high))
+        best_itself = {"delta": 0.0, "low": 0.0, "high": 0.0}
+        gaps = {", ".join(map(str, cell)): against.get(cell, best_itself) for cell in values}
+        marks: list[Mark] = [
+            (name, "", 100 * gap["delta"], 100 * gap["low"], 100 * gap["high"]) for name, gap in gaps.items()
+        ]
+        caption = "Difference to the best setting, with its interval over problems and seeds."
         size = (6.0, 0.8 + 0.25 * len(marks))
-        parts.append(
-            Figure("settings", "Difference to the best setting.", dots("− best, points", marks), size)
-        )
+        parts.append(Figure("settings", caption, dots("− best, points", marks), size))
     return Section(" × ".join(labels), parts)
 
 
