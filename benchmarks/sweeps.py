@@ -2,8 +2,8 @@
 each counted once, and against separate runs.
 
 The stages' times are those in the manifests of the sweep's own store: what is shared, and what each point has
-for itself. All else (imports, composing, waiting, reports) is the sweep's overhead. A separate run is the first
-point from an empty store, taken as the cost of each.
+for itself. All else (imports, composing, waiting, reports) is the sweep's overhead. A separate run is the
+first point from an empty store, taken as the cost of each.
 """
 
 import subprocess

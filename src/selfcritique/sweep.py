@@ -268,7 +268,7 @@ def reports_ended() -> dict[Path, str]:
 def _said(receiver: Connection) -> str | None:
     """The child's last message: None for `go_on`, its error, or '' if it ended without one."""
     try:
-        return receiver.recv() if receiver.poll() else ""  # type: ignore[no-any-return]
+        return receiver.recv() if receiver.poll() else ""
     except EOFError:
         return ""
 
