@@ -2,15 +2,14 @@
 each counted once, and against separate runs.
 
 The stages' times are those in the manifests of the sweep's own store: what is shared, and what each point has
-for itself. All else (imports, composing, waiting, reports) is the sweep's overhead. Separate runs are two of
-the points from empty stores, taken as the cost of each.
+for itself. All else (imports, composing, waiting, reports) is the sweep's overhead. A separate run is the
+first point from an empty store, taken as the cost of each.
 """
 
 import subprocess
 import sys
 import time
 from pathlib import Path
-from statistics import fmean
 from tempfile import TemporaryDirectory
 
 from run import Measured
@@ -44,15 +43,13 @@ def measure() -> Measured:
         store = Store(sweep / "store")
         stages = {row["stage"] for row in store.ls()}
         made = [artifact for stage in stages for artifact in store.completed(stage)]
-        alone = [
-            seconds(Path(root) / f"{lam}", f"dpo.loss.lam={lam}", f"dpo.loss.beta={beta}")
-            for lam, beta in ((LAMS[0], BETAS[0]), (LAMS[-1], BETAS[-1]))
-        ]
+        one = (f"dpo.loss.lam={LAMS[0]}", f"dpo.loss.beta={BETAS[0]}")
+        alone = seconds(Path(root) / "alone", *one)
     points = len(LAMS) * len(BETAS)
     about = {
         "points": points,
         "sweep, s": round(took, 1),
-        "separate runs over the sweep": round(points * fmean(alone) / took, 2),
+        "separate runs over the sweep": round(points * alone / took, 2),
     }
     ratio = took / sum(artifact.wall_s for artifact in made)
     return Measured(ratio, ratio, ratio, "times the stages' own time", "each distinct stage once", about)

@@ -22,5 +22,5 @@ selfcritique compare 'runs=[outputs/heldout_families/*/*]' where=family=boxes,re
 selfcritique experiment=rounds
 selfcritique compare 'runs=[outputs/rounds/*/*]'
 selfcritique compare 'runs=[outputs/rounds/*/*]' against=dpo,dpo_2
-selfcritique critic-card 'critic=outputs/smollm2/*' "set=${BIGBENCH_MISTAKE:?the folder of BIG-Bench Mistake}"
+selfcritique critic-card 'critic=outputs/smollm2/*' "set=${BIGBENCH_MISTAKE:?the folder of BIG-Bench Mistake}" limit=120 'modes=[generate]' 'references=[answer]' probes=0
 selfcritique experiment=model_size

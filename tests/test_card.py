@@ -314,16 +314,20 @@ def test_card_of_a_run(smoke: Finished, tmp_path: Path) -> None:
 
 
 def test_card_of_a_checkpoint_on_a_set(smoke: Finished, tmp_path: Path) -> None:
-    """Two of three labels contradict the checker; the third response is too long for a context of 512."""
+    """Two of three labels contradict the checker; the third response is too long for a context of 512.
+
+    Of six responses every second is asked for: limit=3 is spread over the set.
+    """
     rows = [
         {"question": PROBLEM.question, "answer": "11", "response": RIGHT, "correct": False, "first_error": 2,
          "steps": ["4 * 2 = 8", "3 + 8 = 11\n#### 11"]},
         {"question": PROBLEM.question, "answer": "11", "response": WRONG, "correct": True, "first_error": 0},
         {"question": PROBLEM.question, "answer": "11", "response": "1 + 1 = 2\n" * 200, "correct": True},
     ]  # fmt: skip
-    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    both = [row for made in rows for row in (made, made | {"response": "not asked for"})]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in both))
     words = ("critic-card", f"critic={smoke.artifact('critic')}", "prompts=terse", "modes=[logit]")
-    completed(tmp_path, *words, "set=own.jsonl", "references=[answer]", "probes=0", "out=card")
+    completed(tmp_path, *words, "set=own.jsonl", "limit=3", "references=[answer]", "probes=0", "out=card")
     card = read_json(tmp_path / "card" / "card.json")
     assert (card["too_long"], list(card["readings"])) == (1, ["logit, answer", "rules, answer", "random"])
     rules = card["readings"]["rules, answer"]

@@ -47,11 +47,12 @@ def test_a_shared_model_is_one(root: Path) -> None:
 
 
 def test_points_of_a_sweep_are_told_apart_by_what_it_varies(root: Path) -> None:
-    """Two settings under two seeds; the base is the same, and so is the RFT model."""
+    """Two settings under two seeds, points 0, 5, 10, 15; the base is the same, and so is the RFT model."""
     points = []
     for i, (by, seed, key) in enumerate(
         (x, s, k) for x, k in (("critic", "c"), ("random", "d")) for s in (0, 1)
     ):
+        i *= 5  # by name, 10 stands before 5
         models = {"base": (f"b{seed}", "yyxx"), "rft": (f"r{seed}", "yyyx"), "dpo": (f"{key}{seed}", "yyyy")}
         finished(root, "sweep", i, models)
         folder = root / "outputs" / "sweep" / str(i)
@@ -64,7 +65,7 @@ def test_points_of_a_sweep_are_told_apart_by_what_it_varies(root: Path) -> None:
     models = load_models([f"{root}/outputs/sweep/*", f"{root}/outputs/other/*"], root / "store")
     named = ["base", "rft", "dpo", "dpo@by=random", "rft@other"]
     assert [(m.name, sorted(m.rows)) for m in models] == [(n, [0, 1]) for n in named[:4]] + [(named[4], [0])]
-    later = load_models([f"{root}/outputs/other/*", f"{root}/outputs/sweep/3"], root / "store")
+    later = load_models([f"{root}/outputs/other/*", f"{root}/outputs/sweep/15"], root / "store")
     assert [m.name for m in later] == [
         "base",
         "rft",

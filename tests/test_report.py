@@ -21,7 +21,7 @@ import pytest
 from runs import SMOKE, Finished, completed, read_json
 from selfcritique import page, sections
 from selfcritique.artifacts import Artifact, Store
-from selfcritique.figures import Mark, dots
+from selfcritique.figures import Figure, Mark, _canvas, _style, dots
 from selfcritique.page import pick
 from selfcritique.results import load_run
 from selfcritique.sections import write_report
@@ -609,3 +609,14 @@ def test_settings_that_are_no_grid_are_drawn_by_their_distance_to_the_best(
     assert (
         low is not None and high is not None and -75 < low < -60 < high < -45
     )  # 4.9 points of error each way
+
+
+@pytest.mark.parametrize("series", [2, 4, 5, 9])
+def test_a_legend_has_room(series: int) -> None:
+    """Above the axes, however many lines it has."""
+    marks = [("row", f"model {i}", float(i), None, None) for i in range(series)]
+    with _style("#000000"):
+        canvas = _canvas(Figure("x", "", dots("percent", marks)))
+        canvas.draw_without_rendering()
+    (legend,) = (axes.get_legend() for axes in canvas.axes)
+    assert legend.get_window_extent().y1 <= canvas.bbox.y1

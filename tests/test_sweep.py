@@ -6,9 +6,11 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import polars as pl
@@ -17,8 +19,9 @@ import pytest
 from runs import TINY, Finished, Watch, completed, compose, events, read_json, run
 from selfcritique.artifacts import Store
 from selfcritique.compare import settings, settings_markdown
+from selfcritique.errors import UserError
 from selfcritique.pipeline import build
-from selfcritique.sweep import Point, blocked, schedule, threads_per_job
+from selfcritique.sweep import Point, blocked, isolated, reports_ended, schedule, threads_per_job
 
 LAMS = ("0.5", "1", "1.5")
 SWEEP = ("-m", *TINY, f"dpo.loss.lam={','.join(LAMS)}")
@@ -88,6 +91,37 @@ def test_points_at_once_have_a_core_for_each_thread(
     launcher: dict[str, int], jobs: int, cores: int, threads: int
 ) -> None:
     assert threads_per_job(launcher, jobs, cores) == threads
+
+
+def throw(error: Exception) -> NoReturn:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [
+        (lambda: None, ""),
+        (lambda: throw(UserError("the disk is full")), "the disk is full"),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "killed by SIGKILL"),
+    ],
+)
+def test_a_report_goes_on_beside_the_next_points(ends: Callable[[], None], said: str, tmp_path: Path) -> None:
+    """`isolated` returns once the results are there, while the report still waits; its end is told later."""
+
+    def work(go_on: Callable[[], None]) -> None:
+        go_on()
+        while not (tmp_path / "returned").exists():
+            time.sleep(0.01)
+        (tmp_path / "report").write_text(str(os.nice(0)))
+        ends()
+
+    isolated(work, tmp_path)
+    assert not (tmp_path / "report").exists()
+    (tmp_path / "returned").touch()
+    assert reports_ended() == {tmp_path: said} and reports_ended() == {}
+    assert (tmp_path / "report").read_text() == "19"
+    with pytest.raises(UserError, match=said or "again"):  # without `go_on`
+        isolated(lambda _: (ends(), throw(UserError("again"))), tmp_path)
 
 
 # ---- real ones -----------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -146,7 +146,7 @@ def _point(composed: Any) -> None:
             _set_threads(run.threads)
             _run(run, out, job)
         else:
-            _run_apart(run, out, job)
+            _run_apart(run, out, job, beside="BasicLauncher" in hydra_config.launcher._target_)
     except UserError as error:
         print(f"{out} stopped: {error}", file=sys.stderr, flush=True)
         raise
@@ -161,17 +161,17 @@ def _set_threads(threads: int) -> None:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
-def _run_apart(run: Any, out: Path, job: str = "") -> None:
-    """In a process of its own; raises UserError if it did not finish."""
+def _run_apart(run: Any, out: Path, job: str = "", beside: bool = False) -> None:
+    """In a process of its own; UserError if it did not finish. beside: its report may be left to it."""
     from selfcritique.sweep import isolated
 
-    def work() -> None:
+    def work(go_on: Callable[[], None]) -> None:
         _set_threads(run.threads)
-        _run(run, out, job)
+        _run(run, out, job, go_on if beside else None)
 
     _set_threads(run.threads)
     _import_what_runs(run)
-    isolated(work)
+    isolated(work, out)
 
 
 def _import_what_runs(run: Any) -> None:
@@ -185,8 +185,11 @@ def _import_what_runs(run: Any) -> None:
         import_module(f"selfcritique.{name}")
 
 
-def _run(run: Any, out: Path, job: str = "") -> None:
-    """job: of a sweep, the point's folder; `shared` only makes artifacts that several points need."""
+def _run(run: Any, out: Path, job: str = "", reported: Callable[[], None] | None = None) -> None:
+    """job: of a sweep, the point's folder; `shared` only makes artifacts that several points need.
+
+    reported: called when all but report.html is there.
+    """
     from omegaconf import OmegaConf
     from rich.console import Console
 
@@ -226,8 +229,10 @@ def _run(run: Any, out: Path, job: str = "") -> None:
         report.write(out, summary, done)
         whole = results.load_run(out, run.store)
         tracking.finish(summary, results.sample_table(whole), done)
+        report.show(summary, out, console)
+        if reported:
+            reported()
         sections.write_report([whole])
-    report.show(summary, out, console)
 
 
 def _given(

@@ -6,6 +6,7 @@ experiment, of a sweep its first point, lends plain names; what others trained d
 """
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -98,9 +99,10 @@ def _point(folder: Path) -> list[str]:
 
 
 def folders(patterns: Sequence[str]) -> Iterator[Path]:
-    """The finished runs that the patterns match."""
+    """The finished runs that the patterns match, point 2 of a sweep before point 11."""
     for pattern in patterns:
-        found = sorted(p for p in map(Path, glob(pattern)) if (p / "summary.json").is_file())
+        named = sorted(glob(pattern), key=lambda name: re.sub(r"\d+", lambda m: m[0].zfill(20), name))
+        found = [p for p in map(Path, named) if (p / "summary.json").is_file()]
         if not found:
             raise UserError(f"There is no finished run (summary.json) at {pattern}.")
         yield from found

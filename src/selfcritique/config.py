@@ -751,7 +751,7 @@ class CardConfig:
 
     critic: str = MISSING  # folder of a run (of several, the last), whose critic it is; or of a checkpoint
     set: str = ""  # labelled set (critic_sets.py), a folder or JSONL file; empty: critic_dev of the run
-    limit: int = 0  # first responses of the set; 0: all
+    limit: int = 0  # so many responses, spread evenly over the set; 0: all
     modes: list[CriticMode] = field(default_factory=lambda: list(CriticMode))
     references: list[Reference] = field(default_factory=list)  # empty: ask.reference, and none
     probes: int = 50  # responses that each hacking probe is built on; 0: none

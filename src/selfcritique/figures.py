@@ -21,6 +21,7 @@ PAGE, PAPER = "#010203", "#000000"  # ink; the page's is replaced by currentColo
 COLOURS = ("#3f8fe0", "#e0742b", "#2a9d74", "#d1548a", "#c29200", "#8f7bea", "#7d8790")
 FILLS = ("#2b6cb0", "#5c6670")  # of nodes, with white text: made, reused
 DASHES = ("-", "--", "-.", ":")  # so that curves differ without colour
+LEGEND = 4  # names in a line of it
 POINTS = 200  # of a curve; longer ones are means over as many equal parts
 
 Curves = Mapping[str, tuple[Sequence[float], Sequence[float | None]]]  # label -> x, y (None: a gap)
@@ -44,7 +45,10 @@ def _canvas(figure: Figure) -> Canvas:
     ax = canvas.add_subplot()
     figure.draw(ax)
     longest = max((len(label.get_text()) for label in ax.get_yticklabels()), default=0)
-    canvas.subplots_adjust(max(0.6, 0.1 * longest) / width, 0.55 / height, 1 - 0.1 / width, 1 - 0.3 / height)
+    legend = ax.get_legend()
+    lines = -(-len(legend.get_texts()) // LEGEND) if legend else 1
+    left, top = max(0.6, 0.1 * longest), 0.12 + 0.22 * lines
+    canvas.subplots_adjust(left / width, 0.55 / height, 1 - 0.1 / width, 1 - top / height)
     return canvas
 
 
@@ -118,7 +122,7 @@ def dots(x: str, marks: Sequence[Mark]) -> Callable[[Axes], None]:
                     ax.plot([low, high], [place, place], color=COLOURS[number % 7])
         ax.set(xlabel=x, yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.4, -0.6))
         if len(series) > 1:
-            ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=min(4, len(series)))
+            ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=min(LEGEND, len(series)))
 
     return draw
 

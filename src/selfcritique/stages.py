@@ -770,7 +770,9 @@ def labelled(config: Labelled, inputs: Inputs, out: Path, progress: Progress) ->
     from selfcritique.annotate import equations
     from selfcritique.critic_sets import read
 
-    found = read(Path(config.set).expanduser())[: config.limit or None]
+    found = read(Path(config.set).expanduser())
+    n = min(config.limit or len(found), len(found))
+    found = [found[i * len(found) // n] for i in range(n)]  # of every file of a folder
     lengths = config.asked.lengths(inputs["critic"].path, [(r.problem, r.text) for r in found])
     kept = [(row, n) for row, n in zip(found, lengths, strict=True) if n is not None]
     if not kept:

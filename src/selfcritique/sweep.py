@@ -13,7 +13,8 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,9 @@ def _run(points: Sequence[Point], launcher: Any, config: Mapping[str, Any]) -> d
         from joblib.externals.loky import get_reusable_executor
 
         get_reusable_executor().shutdown()  # its idle workers would stay for five minutes
-    return {min(job.points): outcomes[i] for i, job in enumerate(jobs) if len(job.points) == 1}
+    ended = {min(job.points): outcomes[i] for i, job in enumerate(jobs) if len(job.points) == 1}
+    reports = reports_ended()
+    return {p.number: ended[p.number] or reports.get(p.folder.resolve(), "") for p in points}
 
 
 def _write(points: Sequence[Point], outcomes: Mapping[int, str], folder: Path) -> None:
@@ -229,27 +232,64 @@ def _made(folder: Path) -> Path:
 # ---- a process for each point --------------------------------------------------------------------------
 
 
-def isolated(work: Callable[[], object]) -> None:
+_reporting: dict[Path, tuple[BaseProcess, Connection]] = {}  # points that `go_on`
+
+
+def isolated(work: Callable[[Callable[[], None]], object], out: Path) -> None:
     """`work` in a forked process, so that whatever ends it ends no more; UserError if it did not finish.
 
     What was imported here need not be imported there; nothing may have been computed here with threads.
+    `work` gets a function to call once its results are there: this returns then, and what is left (a report)
+    goes on beside the next points at the lowest priority. `reports_ended` says what became of it.
     """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(work, sender))
     process.start()
+    sender.close()
+    wait([receiver, process.sentinel])
+    said = _said(receiver)
+    if said is None:
+        _reporting[out] = process, receiver
+    elif why := _ended(process, said):
+        raise UserError(why)
+
+
+def reports_ended() -> dict[Path, str]:
+    """Waits for what `isolated` left behind: folder -> why it did not finish, '' if it did."""
+    left = {}
+    for out, (process, receiver) in _reporting.items():
+        process.join()
+        left[out] = _ended(process, _said(receiver) or "")
+    _reporting.clear()
+    return left
+
+
+def _said(receiver: Connection) -> str | None:
+    """The child's last message: None for `go_on`, its error, or '' if it ended without one."""
+    try:
+        return receiver.recv() if receiver.poll() else ""
+    except EOFError:
+        return ""
+
+
+def _ended(process: BaseProcess, said: str) -> str:
     process.join()
-    if process.exitcode:
-        said = receiver.recv() if receiver.poll() else ""
-        killed = process.exitcode < 0 and f"killed by {signal.Signals(-process.exitcode).name}"
-        raise UserError(said or killed or "stopped by an error that is no fault of its settings; see its log")
+    if not process.exitcode:
+        return ""
+    killed = process.exitcode < 0 and f"killed by {signal.Signals(-process.exitcode).name}"
+    return said or killed or "stopped by an error that is no fault of its settings; see its log"
 
 
-def _child(work: Callable[[], object], sender: Connection) -> None:
+def _child(work: Callable[[Callable[[], None]], object], sender: Connection) -> None:
+    def go_on() -> None:
+        os.nice(19)
+        sender.send(None)
+
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with its parent
     try:
-        work()
+        work(go_on)
     except UserError as error:
         sender.send(str(error)[:10_000])  # a pipe holds more, so that this never waits
         sys.exit(1)
