@@ -24,7 +24,7 @@ from selfcritique.artifacts import Artifact, Store
 from selfcritique.figures import Figure, Mark, _canvas, _style, dots
 from selfcritique.page import pick
 from selfcritique.results import load_run
-from selfcritique.sections import write_report
+from selfcritique.sections import flat, write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -620,3 +620,22 @@ def test_a_legend_has_room(series: int) -> None:
         canvas.draw_without_rendering()
     (legend,) = (axes.get_legend() for axes in canvas.axes)
     assert legend.get_window_extent().y1 <= canvas.bbox.y1
+
+
+def test_long_names_leave_room_for_the_axes() -> None:
+    """A setting may be a list of anything: its name is cut, the axes keep two fifths of five inches."""
+    marks = [("x" * n, "", 1.0, 0.5, 1.5) for n in (3, 300)]
+    canvas = _canvas(Figure("x", "", dots("percent", marks)))
+    (axes,) = canvas.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["xxx", "x" * 29 + "…"]
+    assert axes.get_position().width > 0.35
+
+
+def test_settings_in_a_list_have_names_of_their_own() -> None:
+    settings = {"data": {"mix": [{"source": "a", "registers": ["plain"]}], "none": []}, "arms": ["sft"]}
+    assert flat(settings) == {
+        "data.mix.0.source": "a",
+        "data.mix.0.registers": '["plain"]',
+        "data.none": "[]",
+        "arms": '["sft"]',
+    }

@@ -44,10 +44,14 @@ def _canvas(figure: Figure) -> Canvas:
     canvas = Canvas(figsize=figure.size)
     ax = canvas.add_subplot()
     figure.draw(ax)
-    longest = max((len(label.get_text()) for label in ax.get_yticklabels()), default=0)
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    room = int(6 * width)  # letters that leave the axes two fifths of the width
+    if max(map(len, names), default=0) > room:
+        names = [name if len(name) <= room else f"{name[: room - 1]}…" for name in names]
+        ax.set_yticks(ax.get_yticks(), names)
     legend = ax.get_legend()
     lines = -(-len(legend.get_texts()) // LEGEND) if legend else 1
-    left, top = max(0.6, 0.1 * longest), 0.12 + 0.22 * lines
+    left, top = max(0.6, 0.1 * max(map(len, names), default=0)), 0.12 + 0.22 * lines
     canvas.subplots_adjust(left / width, 0.55 / height, 1 - 0.1 / width, 1 - top / height)
     return canvas
 

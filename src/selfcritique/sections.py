@@ -324,7 +324,9 @@ def overview(runs: Sequence[Run]) -> Section:
 
 
 def flat(settings: Any, name: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names."""
+    """Nested settings by their dotted names, `data.mix.0.source` in a list of them."""
+    if isinstance(settings, list) and settings and all(isinstance(part, Mapping) for part in settings):
+        settings = dict(enumerate(settings))
     if not isinstance(settings, Mapping):
         return {name: settings if isinstance(settings, int | float | str) else json.dumps(settings)}
     parts = (flat(value, f"{name}.{key}" if name else key) for key, value in settings.items())
