@@ -8,20 +8,21 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 import polars as pl
 import pytest
+from hydra.core.utils import JobReturn, JobStatus
 
 from runs import TINY, Finished, Watch, completed, compose, events, read_json, run
 from selfcritique.artifacts import Store
 from selfcritique.compare import settings, settings_markdown
 from selfcritique.errors import UserError
 from selfcritique.pipeline import build
-from selfcritique.sweep import Point, blocked, isolated, reports_ended, schedule, threads_per_job
+from selfcritique.sweep import Point, _run, blocked, isolated, reports_ended, schedule, threads_per_job
 
 LAMS = ("0.5", "1", "1.5")
 SWEEP = ("-m", *TINY, f"dpo.loss.lam={','.join(LAMS)}")
@@ -122,6 +123,23 @@ def test_a_report_goes_on_beside_the_next_points(ends: Callable[[], None], said:
     assert (tmp_path / "report").read_text() == "19"
     with pytest.raises(UserError, match=said or "again"):  # without `go_on`
         isolated(lambda _: (ends(), throw(UserError("again"))), tmp_path)
+
+
+def test_a_report_that_fails_is_its_points_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found again by its folder, of which a part may be a link (outputs on another disk)."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "outputs").symlink_to(tmp_path / "disk")
+    monkeypatch.chdir(tmp_path)
+
+    class Launcher:
+        def launch(self, batch: list[list[str]], initial_job_idx: int) -> list[JobReturn]:
+            full = UserError("the disk is full")
+            isolated(lambda go_on: (go_on(), throw(full)), tmp_path / "outputs" / "0")
+            return [JobReturn(status=JobStatus.COMPLETED) for _ in batch]
+
+    (one,) = points("seed=0")
+    point = replace(one, folder=Path("outputs/0"))
+    assert _run([point], Launcher(), {}) == {point.number: "the disk is full"}
 
 
 # ---- real ones -----------------------------------------------------------------------------------------

@@ -250,7 +250,7 @@ def isolated(work: Callable[[Callable[[], None]], object], out: Path) -> None:
     wait([receiver, process.sentinel])
     said = _said(receiver)
     if said is None:
-        _reporting[out] = process, receiver
+        _reporting[out.resolve()] = process, receiver
     elif why := _ended(process, said):
         raise UserError(why)
 
