@@ -864,7 +864,7 @@ class Select:
     seed: int
 
 
-PART = 100_000  # responses that selection and pairing hold at a time
+PART = 50_000  # responses that selection and pairing hold at a time
 
 
 def _pool(inputs: Inputs) -> pl.LazyFrame:
