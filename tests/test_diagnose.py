@@ -84,11 +84,16 @@ CASES: dict[str, tuple[str, list[dict[str, Any]], list[dict[str, Any]]]] = {
     "dpo_diverged": (
         "dpo.train.lr",
         [
-            {"training.dpo.rewards_margin": -0.1},
+            {"training.dpo.rewards_margin": -0.1, "training.dpo.chosen_logps_drift": -4.0},
             {"training.dpo.rewards_margin": float("nan")},
             {"training.dpo.chosen_logps_drift": -25.0},
         ],
         [{"training.dpo.rewards_margin": 0.01}, {"training.dpo.rewards_margin": -0.005}],
+    ),
+    "preference_not_learned": (
+        "pairs.build.margin",
+        [{"training.dpo.rewards_margin": -0.1}],
+        [{"training.dpo.rewards_margin": -0.04}],
     ),
     "chosen_collapse": (
         "dpo.loss.lam",
@@ -160,6 +165,15 @@ def test_evidence_carries_the_numbers() -> None:
     assert found.evidence == "dpo − rft, accuracy: -3.0 points [-5.0, -1.0]"
     (found,) = diagnose(_changed({"training.dpo.chosen_logps_drift": -4.0}))
     assert "-0.20 nats per token" in found.evidence
+
+
+@pytest.mark.parametrize("setting", ["dpo.start", "pairs.policy"])
+def test_dpo_below_rft_where_it_does_not_build_on_it(setting: str) -> None:
+    changes = {"comparisons.2": _row("dpo", "rft", "accuracy", -0.1)}
+    (found,) = diagnose(_changed({**changes, setting: "base"}))
+    assert found.setting == setting
+    (found,) = diagnose(_changed({**changes, setting: "rft"}))
+    assert found.setting == "dpo.train.lr"
 
 
 def test_findings_follow_the_pipeline() -> None:

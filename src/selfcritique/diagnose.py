@@ -10,6 +10,7 @@
                                       questions with an accepted response; diversity = distinct equation
                                       lists per response at or above the threshold, before de-duplication
     critic                            balanced_accuracy; gate = {min}
+    dpo.start, pairs.policy           the model that DPO starts from, and whose answers its pairs are
     training.dpo                      means over the last steps: chosen_logps_drift in nats per response,
                                       log π(y_w) − log π_ref(y_w); chosen_length in tokens; rewards_margin
 
@@ -144,14 +145,30 @@ def _drift_per_token(summary: Summary) -> float | None:
 
 def dpo_diverged(summary: Summary) -> Finding | None:
     drift, margin = _drift_per_token(summary), _get(summary, "training.dpo.rewards_margin")
-    moves_well = margin is not None and math.isfinite(margin) and margin > NO_MARGIN
-    if margin is None or drift is None or (moves_well and drift > DIVERGENCE):
+    if margin is None or drift is None:
+        return None
+    if math.isfinite(margin) and drift > (DIVERGENCE if margin > NO_MARGIN else COLLAPSE):
         return None
     return Finding(
         "dpo_diverged",
         f"reward margin {margin:.3g}, chosen log-probabilities {drift:+.2f} nats per token from their start",
         "dpo.train.lr",
         "Lower the learning rate by a factor of three to ten, or raise β.",
+    )
+
+
+def preference_not_learned(summary: Summary) -> Finding | None:
+    """The rejected are preferred to the chosen by a policy that is still near its start."""
+    drift, margin = _drift_per_token(summary), _get(summary, "training.dpo.rewards_margin")
+    if drift is None or margin is None or not margin <= NO_MARGIN or drift <= COLLAPSE:
+        return None
+    return Finding(
+        "preference_not_learned",
+        f"reward margin {margin:.3g}, chosen log-probabilities {drift:+.2f} nats per token from their start",
+        "pairs.build.margin",
+        "What tells chosen from rejected is not in the pairs, or was not learned: see that the critic can be "
+        "trusted and that the answers are those of the model that DPO starts from (pairs.policy, dpo.start); "
+        "then raise the margin, sample more answers or train for longer.",
     )
 
 
@@ -170,14 +187,13 @@ def chosen_collapse(summary: Summary) -> Finding | None:
 
 
 def dpo_below_rft(summary: Summary) -> Finding | None:
+    lower = "Lower the learning rate by a factor of three to ten and choose it on the dev split."
+    of_rft = "Let DPO start from the RFT model, on pairs of its own answers."
+    others = [name for name in ("dpo.start", "pairs.policy") if _get(summary, name) not in (None, "rft")]
+    setting, advice = (others[0], of_rft) if others else ("dpo.train.lr", lower)
     for row in _comparisons(summary, "dpo", "rft"):
         if row["high"] < 0:
-            return Finding(
-                "dpo_below_rft",
-                _points(row),
-                "dpo.train.lr",
-                "Lower the learning rate by a factor of three to ten and choose it on the dev split.",
-            )
+            return Finding("dpo_below_rft", _points(row), setting, advice)
     return None
 
 
@@ -246,6 +262,7 @@ CHECKS: tuple[Callable[[Summary], Finding | None], ...] = (
     diversity_collapse,
     rft_gain_undetectable,
     dpo_diverged,
+    preference_not_learned,
     chosen_collapse,
     dpo_below_rft,
     real_world_flat,

@@ -53,6 +53,9 @@ def summarise(
     for part, stage in (("regate", "regate"), ("selection", "select"), ("pairs", "pairs")):
         if stage in metrics:
             summary[part] = _flat(metrics[stage])
+    if "dpo" in metrics:
+        summary["dpo"] = {"start": run.dpo.start}
+        summary["pairs"]["policy"] = run.pairs.policy
     summary["pools"] = {name: metrics[name] for name in metrics if name.startswith(("pool_", "critic_pool"))}
     summary["training"] = {
         name: metrics[name] for name in metrics if name in graph.models or name == "critic"
