@@ -224,11 +224,6 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 # ---- a process for each point --------------------------------------------------------------------------
 
 
