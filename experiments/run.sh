@@ -24,3 +24,4 @@ selfcritique compare 'runs=[outputs/rounds/*/*]'
 selfcritique compare 'runs=[outputs/rounds/*/*]' against=dpo,dpo_2
 selfcritique critic-card 'critic=outputs/smollm2/*' "set=${BIGBENCH_MISTAKE:?the folder of BIG-Bench Mistake}" limit=120 'modes=[generate]' 'references=[answer]' probes=0
 selfcritique experiment=model_size
+selfcritique -m experiment=ablation_base name=model_size_lr 'model.tiny={hidden_size:128,intermediate_size:384,layers:3}' model.sft.lr=1e-3,2e-3 seed=0,1,2 until=eval_base
