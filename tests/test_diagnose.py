@@ -86,6 +86,8 @@ CASES: dict[str, tuple[str, list[dict[str, Any]], list[dict[str, Any]]]] = {
         [
             {"training.dpo.rewards_margin": -0.1, "training.dpo.chosen_logps_drift": -4.0},
             {"training.dpo.rewards_margin": float("nan")},
+            {"training.dpo.rewards_margin": float("-inf")},
+            {"training.dpo.rewards_margin": -0.1, "training.dpo.chosen_logps_drift": float("nan")},
             {"training.dpo.chosen_logps_drift": -25.0},
         ],
         [{"training.dpo.rewards_margin": 0.01}, {"training.dpo.rewards_margin": -0.005}],

@@ -45,6 +45,11 @@ def test_a_learning_rate_of_dpo_too_high(smoke: Finished, tmp_path: Path) -> Non
     assert "dpo_diverged" not in findings(smoke.summary)
 
 
+def test_where_dpo_starts_and_whose_pairs_it_has_is_known(smoke: Finished, tmp_path: Path) -> None:
+    based = spoiled(smoke, tmp_path, "dpo.start=base", "until=dpo")
+    assert (based.summary["dpo"]["start"], based.summary["pairs"]["policy"]) == ("base", "rft")
+
+
 def test_trained_on_one_register_only(tmp_path: Path) -> None:
     """Tested on both; the critic's part is as small as it can be."""
     finished = completed(

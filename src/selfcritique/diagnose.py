@@ -160,7 +160,7 @@ def dpo_diverged(summary: Summary) -> Finding | None:
 def preference_not_learned(summary: Summary) -> Finding | None:
     """The rejected are preferred to the chosen by a policy that is still near its start."""
     drift, margin = _drift_per_token(summary), _get(summary, "training.dpo.rewards_margin")
-    if drift is None or margin is None or not margin <= NO_MARGIN or drift <= COLLAPSE:
+    if drift is None or margin is None or not (-math.inf < margin <= NO_MARGIN and drift > COLLAPSE):
         return None
     return Finding(
         "preference_not_learned",
