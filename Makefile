@@ -8,6 +8,7 @@ PIP_VERSION := 26.3
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.runtime
+	@echo "The whole pipeline on generated problems, about 18 minutes on two cores the first time; results: outputs/demo/"
 	$(BIN)/selfcritique experiment=demo
 
 test: $(VENV)/.vllm chromium slurm
